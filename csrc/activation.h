@@ -1,0 +1,39 @@
+// The activations of every operator: one list of names, one scalar definition for host and device.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+
+#ifdef __CUDACC__
+#define MNET_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define MNET_HOST_DEVICE inline
+#endif
+
+namespace mnet {
+
+enum class Activation { identity, relu, relu6, leaky_relu, hardswish, silu };
+
+// In the order of the enum; mnet_kernels/reference.py lists the same names.
+inline constexpr const char* kActivationNames[] = {"identity",   "relu",      "relu6",
+                                                   "leaky_relu", "hardswish", "silu"};
+inline constexpr std::size_t kActivationCount = sizeof(kActivationNames) / sizeof(char*);
+
+// Comparisons are written so that NaN passes through, as torch's own activations let it.
+template <typename T>
+MNET_HOST_DEVICE T activate(Activation activation, T slope, T z) {
+  switch (activation) {
+    case Activation::identity: return z;
+    case Activation::relu: return z < T(0) ? T(0) : z;
+    case Activation::relu6: return z < T(0) ? T(0) : (z > T(6) ? T(6) : z);
+    case Activation::leaky_relu: return z < T(0) ? z * slope : z;
+    case Activation::hardswish: {
+      const T gate = z + T(3);
+      return z * (gate < T(0) ? T(0) : (gate > T(6) ? T(6) : gate)) / T(6);
+    }
+    case Activation::silu: return z / (T(1) + std::exp(-z));
+  }
+  return z;
+}
+
+}  // namespace mnet

@@ -1,0 +1,130 @@
+// conv_bn_act on the CPU: a dense convolution with packed weights, one pass with its epilogue.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../tensor.h"
+#include "active.h"
+#include "kernels.h"
+#include "scratch.h"
+
+namespace mnet::cpu {
+namespace {
+
+int64_t panels_of(int64_t channels) { return (channels + kPanel - 1) / kPanel; }
+
+// `t`'s values, or `fill` where it is None, filled up to whole panels.
+const float* per_panel(const std::optional<Tensor>& t, int64_t K, float fill,
+                       std::vector<float>& memory) {
+  memory.assign(static_cast<std::size_t>(panels_of(K) * kPanel), fill);
+  if (t)
+    for (int64_t k = 0; k < K; ++k)
+      memory[static_cast<std::size_t>(k)] =
+          static_cast<const float*>(t->const_data_ptr())[k * t->stride(0)];
+  return memory.data();
+}
+
+// Blocks of about 56 pixels keep their patches and a panel of weights in the second-level cache.
+// Output channels are shared out too where there are few blocks.
+int64_t plan(ConvCall& call, int64_t threads) {
+  constexpr int64_t kBlockPixels = 56;
+  const int64_t pixels = call.N * call.OH * call.OW;
+  call.pixel_blocks = (pixels + kBlockPixels - 1) / kBlockPixels;
+  call.channel_blocks = 1;
+  if (threads > 1 && call.pixel_blocks < 4 * threads)
+    call.channel_blocks =
+        std::min(panels_of(call.K), (4 * threads + call.pixel_blocks - 1) / call.pixel_blocks);
+  return call.pixel_blocks * call.channel_blocks;
+}
+
+}  // namespace
+
+// weight (C_out, C_in, Kh, Kw) as panels [panel][kh][kw][C_in][32 channels].
+Tensor pack_conv_weight(Tensor weight) {
+  const TensorFacts facts = facts_of(weight);
+  if (facts.dim != 4 || facts.dtype != DType::float32 || !weight.is_cpu())
+    check::fail("pack_conv_weight", "weight", "a float32 CPU tensor of shape (C_out, C_in, Kh, Kw)",
+                std::string(facts.dtype_name) + " of " + check::shape(facts) + " on " +
+                    check::device(facts));
+  const int64_t K = weight.size(0), C = weight.size(1), KH = weight.size(2), KW = weight.size(3);
+  const int64_t taps = KH * KW * C;
+  Tensor packed = empty_4d(weight, panels_of(K), 1, taps, kPanel, Layout::contiguous);
+  auto* to = static_cast<float*>(packed.mutable_data_ptr());
+  const auto* from = static_cast<const float*>(weight.const_data_ptr());
+  const auto stride = weight.strides();
+  torch::stable::parallel_for(0, panels_of(K), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = begin; panel < end; ++panel)
+      for (int64_t i = 0; i < kPanel; ++i) {
+        const int64_t k = panel * kPanel + i;
+        float* column = to + panel * taps * kPanel + i;
+        for (int64_t t = 0; t < taps; ++t) {
+          const int64_t c = t % C, kw = t / C % KW, kh = t / C / KW;
+          column[t * kPanel] =
+              k >= K ? 0.0f : from[k * stride[0] + c * stride[1] + kh * stride[2] + kw * stride[3]];
+        }
+      }
+  });
+  return packed;
+}
+
+Tensor conv_bn_act_packed(Tensor x, Tensor packed, std::optional<Tensor> scale,
+                          std::optional<Tensor> shift, std::vector<int64_t> kernel,
+                          std::vector<int64_t> stride, std::vector<int64_t> padding,
+                          std::vector<int64_t> dilation, int64_t out_channels,
+                          std::string activation, double slope) {
+  const TensorFacts x_facts = facts_of(x);
+  // The weight as it was before packing, for the checks.
+  int64_t weight_sizes[4] = {out_channels, x_facts.dim == 4 ? x_facts.sizes[1] : 1, 0, 0};
+  check::pair("conv_bn_act", "kernel", kernel, &weight_sizes[2], &weight_sizes[3]);
+  TensorFacts weight = facts_of(packed);
+  weight.sizes = weight_sizes;
+  weight.dim = 4;
+  const Problem p =
+      checked_problem("conv_bn_act", x_facts, weight, facts_of(scale), facts_of(shift),
+                      {std::move(stride), std::move(padding), std::move(dilation),
+                       std::move(activation), slope, 1});
+  const int64_t taps = p.KH * p.KW * p.C;
+  if (p.dtype != DType::float32) check::fail("conv_bn_act", "x", "float32", x_facts.dtype_name);
+  if (packed.numel() != panels_of(p.K) * taps * kPanel || !packed.is_contiguous())
+    check::fail("conv_bn_act", "packed",
+                check::join(panels_of(p.K) * taps * kPanel,
+                            " contiguous values from "
+                            "pack_conv_weight for ",
+                            p.K, " channels of ", taps, " taps"),
+                check::join(packed.numel(), " values"));
+  const Tensor input = dense(x, Layout::channels_last);
+  Tensor y = empty_4d(x, p.N, p.K, p.OH, p.OW, Layout::channels_last);
+  if (p.N == 0) return y;
+
+  thread_local std::vector<float> scale_memory, shift_memory;
+  ConvCall call{};
+  call.N = p.N, call.C = p.C, call.H = p.H, call.W = p.W;
+  call.K = p.K, call.OH = p.OH, call.OW = p.OW, call.taps = taps;
+  call.KH = p.KH, call.KW = p.KW, call.SH = p.SH, call.SW = p.SW, call.DH = p.DH, call.DW = p.DW;
+  call.top = p.top, call.left = p.left;
+  call.pointwise = taps == p.C && p.SH == 1 && p.SW == 1 && p.OH == p.H && p.OW == p.W &&
+                   p.top == 0 && p.left == 0;
+  call.x = input.const_data_ptr();
+  call.weight = packed.const_data_ptr();
+  call.scale = per_panel(scale, p.K, 1.0f, scale_memory);
+  call.shift = per_panel(shift, p.K, 0.0f, shift_memory);
+  call.y = y.mutable_data_ptr();
+  call.activation = p.activation;
+  call.slope = p.slope;
+  const int64_t tasks = plan(call, torch::stable::get_num_threads());
+  const Kernels& kernels = active_kernels();
+  const auto bytes =
+      static_cast<std::size_t>(kernels.conv_channels_last_scratch(call)) * sizeof(float);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    kernels.conv_channels_last(call, begin, end, scratch_bytes(bytes));
+  });
+  return y;
+}
+
+}  // namespace mnet::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mnet_kernels, CPU, m) {
+  m.impl("conv_bn_act_packed", TORCH_BOX(&mnet::cpu::conv_bn_act_packed));
+  m.impl("pack_conv_weight", TORCH_BOX(&mnet::cpu::pack_conv_weight));
+}

@@ -1,0 +1,152 @@
+// dwconv_bn_act on the CPU: check the call, make its memory dense, cut it into tasks for torch's
+// threads, and hand these to the kernels of the instruction set in use.
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../tensor.h"
+#include "active.h"
+#include "kernels.h"
+#include "scratch.h"
+
+namespace mnet::cpu {
+namespace {
+
+Element element_of(DType dtype) {
+  switch (dtype) {
+    case DType::float64: return Element::f64;
+    case DType::bfloat16: return Element::bf16;
+    case DType::float16: return Element::f16;
+    default: return Element::f32;
+  }
+}
+
+// `t`'s values if they lie one after the other, else a copy of them; `fill` where t is None.
+template <typename Acc>
+const Acc* per_channel(const std::optional<Tensor>& t, int64_t K, Acc fill,
+                       std::vector<Acc>& memory) {
+  if (t && (K == 1 || t->stride(0) == 1)) return static_cast<const Acc*>(t->const_data_ptr());
+  memory.assign(static_cast<std::size_t>(K), fill);
+  if (t)
+    for (int64_t k = 0; k < K; ++k)
+      memory[static_cast<std::size_t>(k)] =
+          static_cast<const Acc*>(t->const_data_ptr())[k * t->stride(0)];
+  return memory.data();
+}
+
+// The weights as the kernels read them, [tap][channel] in the accumulator's type: as they are
+// where the caller laid them out so, else a copy.
+template <typename Elem, typename Acc>
+const Acc* by_tap_from(const Problem& p, const Tensor& weight, std::vector<Acc>& memory) {
+  const auto* from = static_cast<const Elem*>(weight.const_data_ptr());
+  const auto stride = weight.strides();
+  if constexpr (std::is_same_v<Elem, Acc>)
+    if ((p.K == 1 || stride[0] == 1) && (p.KH == 1 || stride[2] == p.KW * p.K) &&
+        (p.KW == 1 || stride[3] == p.K))
+      return from;
+  memory.resize(static_cast<std::size_t>(p.KH * p.KW * p.K));
+  for (int64_t k = 0; k < p.K; ++k)
+    for (int64_t h = 0; h < p.KH; ++h)
+      for (int64_t w = 0; w < p.KW; ++w)
+        memory[static_cast<std::size_t>((h * p.KW + w) * p.K + k)] =
+            static_cast<Acc>(from[k * stride[0] + h * stride[2] + w * stride[3]]);
+  return memory.data();
+}
+
+template <typename Acc>
+const Acc* by_tap(const Problem& p, const Tensor& weight, std::vector<Acc>& memory) {
+  switch (p.dtype) {
+    case DType::bfloat16: return by_tap_from<torch::headeronly::BFloat16>(p, weight, memory);
+    case DType::float16: return by_tap_from<torch::headeronly::Half>(p, weight, memory);
+    default: return by_tap_from<Acc>(p, weight, memory);
+  }
+}
+
+// channels_last: a unit of work is one output row of a chunk of channels. Channels are only cut
+// when there are too few rows to share out evenly.
+int64_t plan_channels_last(DwconvCall& call, int64_t width, int64_t threads) {
+  const int64_t rows = call.N * call.OH;
+  const bool cut = threads > 1 && rows < 8 * threads && call.K >= 2 * threads * width;
+  const int64_t chunks = cut ? threads : 1;
+  call.channel_chunk = (call.K + chunks * width - 1) / (chunks * width) * width;
+  call.channel_chunks = (call.K + call.channel_chunk - 1) / call.channel_chunk;
+  return rows * call.channel_chunks;
+}
+
+// contiguous: a unit is a block of rows of one plane, small enough for its staged copy and result
+// to stay in the first-level cache.
+int64_t plan_contiguous(DwconvCall& call, int64_t threads) {
+  constexpr int64_t kCacheElements = 6144;
+  const int64_t planes = call.N * call.K;
+  int64_t rows = std::max<int64_t>(4, kCacheElements / (2 * (call.OW + call.KW)) / 4 * 4);
+  if (planes < 2 * threads) rows = std::min(rows, std::max<int64_t>(4, call.OH / (2 * threads)));
+  call.rows_per_task = std::min(rows, call.OH);
+  call.row_tasks = (call.OH + call.rows_per_task - 1) / call.rows_per_task;
+  return planes * call.row_tasks;
+}
+
+template <typename Acc>
+void run(DwconvCall& call, const Problem& p, const Tensor& weight,
+         const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, Layout layout) {
+  thread_local std::vector<Acc> weight_memory, scale_memory, shift_memory;
+  call.weight = by_tap<Acc>(p, weight, weight_memory);
+  call.scale = per_channel<Acc>(scale, p.K, Acc(1), scale_memory);
+  call.shift = per_channel<Acc>(shift, p.K, Acc(0), shift_memory);
+
+  // Vectors must not be wider than a pixel's channels.
+  const Kernels& kernels = layout == Layout::contiguous ? active_kernels() : narrowed_kernels(p.K);
+  const int64_t threads = torch::stable::get_num_threads();
+  if (layout == Layout::channels_last) {
+    const int64_t tasks = plan_channels_last(call, kernels.width, threads);
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      kernels.dwconv_channels_last(call, begin, end);
+    });
+  } else {
+    const int64_t tasks = plan_contiguous(call, threads);
+    const auto bytes =
+        static_cast<std::size_t>(kernels.dwconv_contiguous_scratch(call)) * sizeof(Acc);
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      kernels.dwconv_contiguous(call, begin, end, scratch_bytes(bytes));
+    });
+  }
+}
+
+}  // namespace
+
+Tensor dwconv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> scale,
+                     std::optional<Tensor> shift, std::vector<int64_t> stride,
+                     std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                     std::string activation, double slope) {
+  const Problem p = checked_problem(
+      "dwconv_bn_act", facts_of(x), facts_of(weight), facts_of(scale), facts_of(shift),
+      {std::move(stride), std::move(padding), std::move(dilation), std::move(activation), slope});
+  const Layout layout = layout_of(x);
+  const Tensor input = dense(x, layout);
+  Tensor y = empty_4d(x, p.N, p.K, p.OH, p.OW, layout);
+  if (p.N == 0) return y;
+
+  DwconvCall call{};
+  call.N = p.N, call.C = p.C, call.H = p.H, call.W = p.W;
+  call.K = p.K, call.OH = p.OH, call.OW = p.OW, call.multiplier = p.multiplier;
+  call.KH = p.KH, call.KW = p.KW, call.SH = p.SH, call.SW = p.SW, call.DH = p.DH, call.DW = p.DW;
+  call.top = p.top, call.left = p.left;
+  call.x = input.const_data_ptr();
+  call.y = y.mutable_data_ptr();
+  call.element = element_of(p.dtype);
+  call.activation = p.activation;
+  call.slope = p.slope;
+  if (p.dtype == DType::float64)
+    run<double>(call, p, weight, scale, shift, layout);
+  else
+    run<float>(call, p, weight, scale, shift, layout);
+  return y;
+}
+
+}  // namespace mnet::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mnet_kernels, CPU, m) {
+  m.impl("dwconv_bn_act", TORCH_BOX(&mnet::cpu::dwconv_bn_act));
+}

@@ -1,0 +1,79 @@
+// What the CPU backend compiles once per instruction set, behind one table of functions.
+// No torch header and no standard-library inline code in the files that implement it: whatever
+// they instantiate is compiled with instructions that the running machine may not have.
+#pragma once
+
+#include <cstdint>
+
+#include "../activation.h"
+
+namespace mnet::cpu {
+
+// Element types as the kernels see them; bf16 and f16 travel as bit patterns.
+enum class Element { f32, f64, bf16, f16 };
+
+// One depthwise call on dense tensors. Accumulation is in float (double for f64): `weight`, laid
+// out [tap][channel], `scale` and `shift` are of that type. The scale is applied to the sum, not
+// folded into the weights: that would round every tap once more.
+struct DwconvCall {
+  int64_t N, C, H, W;
+  int64_t K, OH, OW;  // K = C * multiplier output channels
+  int64_t multiplier;
+  int64_t KH, KW, SH, SW, DH, DW;
+  int64_t top, left;
+  const void* x;
+  const void* weight;
+  const void* scale;
+  const void* shift;
+  void* y;
+  Element element;
+  Activation activation;
+  double slope;
+  // How the work is cut into tasks (see plan_* in dwconv_bn_act.cpp).
+  int64_t channel_chunk, channel_chunks;  // channels_last: a task is an output row of one chunk
+  int64_t rows_per_task, row_tasks;       // contiguous: a task is a block of rows of one plane
+};
+
+// Output channels in a panel of packed convolution weights, whatever the instruction set.
+constexpr int64_t kPanel = 32;
+
+// One dense (one group) float32 channels_last convolution; `weight` packed, `scale` and `shift`
+// filled up to whole panels.
+struct ConvCall {
+  int64_t N, C, H, W;
+  int64_t K, OH, OW;
+  int64_t taps;  // KH * KW * C: products an output
+  int64_t KH, KW, SH, SW, DH, DW;
+  int64_t top, left;
+  bool pointwise;  // 1x1, stride 1, no padding: the image is its own patches
+  const void* x;
+  const void* weight;
+  const void* scale;
+  const void* shift;
+  void* y;
+  Activation activation;
+  double slope;
+  int64_t pixel_blocks, channel_blocks;  // a task is one of each
+};
+
+struct Kernels {
+  const char* name;
+  int64_t width;  // float lanes of a vector
+  // Tasks [begin, end) of the call.
+  void (*dwconv_channels_last)(const DwconvCall&, int64_t begin, int64_t end);
+  void (*dwconv_contiguous)(const DwconvCall&, int64_t begin, int64_t end, void* scratch);
+  // Elements of scratch, of the accumulation type, that a thread of dwconv_contiguous needs.
+  int64_t (*dwconv_contiguous_scratch)(const DwconvCall&);
+  void (*conv_channels_last)(const ConvCall&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*conv_channels_last_scratch)(const ConvCall&);
+};
+
+// Widest first, each with a run-time test of the processor; the last one always runs.
+struct InstructionSet {
+  const Kernels* kernels;
+  bool (*runs_here)();
+};
+extern const InstructionSet kInstructionSets[];
+extern const int kInstructionSetCount;
+
+}  // namespace mnet::cpu

@@ -1,0 +1,304 @@
+// A vector of accumulators, its loads from and stores to every element type. Built on the
+// compiler's vector extension, so that one source serves every instruction set; intrinsics only
+// where the extension has no word for it. Included once per instruction set, inside its namespace.
+//
+// The including file defines MNET_VECTOR_BYTES, and MNET_AVX512 or MNET_AVX2 where they hold.
+
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+
+struct bf16 {
+  u16 bits;
+};
+struct f16 {
+  u16 bits;
+};
+
+template <typename Elem>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <typename Elem>
+using Accumulator = typename AccumulatorOf<Elem>::type;
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(MNET_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(MNET_VECTOR_BYTES)));
+};
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+typedef u32 VectorU32 __attribute__((vector_size(MNET_VECTOR_BYTES)));
+typedef u16 VectorU16 __attribute__((vector_size(MNET_VECTOR_BYTES / 2)));
+
+template <typename T>
+constexpr int kWidth = MNET_VECTOR_BYTES / sizeof(T);
+
+#define MNET_INLINE static inline __attribute__((always_inline))
+
+template <typename V>
+MNET_INLINE V load_bits(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <typename To, typename From>
+MNET_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+template <typename T>
+MNET_INLINE Vector<T> broadcast(T value) {
+  return value - Vector<T>{};
+}
+
+// ---- float16 bits: exact in both directions, round to nearest even -----------------------------
+MNET_INLINE VectorU32 widen(VectorU16 v) { return __builtin_convertvector(v, VectorU32); }
+MNET_INLINE VectorU16 narrow(VectorU32 v) { return __builtin_convertvector(v, VectorU16); }
+
+MNET_INLINE Vector<float> float_from_f16(VectorU16 half) {
+#if defined(MNET_AVX512)
+  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)half);
+#elif defined(MNET_AVX2)
+  return (Vector<float>)_mm256_cvtph_ps((__m128i)half);
+#else
+  const VectorU32 h = widen(half);
+  const VectorU32 magnitude = (h & 0x7fffu) << 13;
+  // Rebias the exponent by a multiplication, which also normalises subnormal halves.
+  VectorU32 bits = bit_cast<VectorU32>(bit_cast<Vector<float>>(magnitude) * 0x1p112f);
+  const VectorU32 special = (VectorU32)((h & 0x7c00u) == 0x7c00u);  // Inf and NaN
+  bits = (special & (magnitude | 0x7f800000u)) | (~special & bits);
+  return bit_cast<Vector<float>>(bits | ((h & 0x8000u) << 16));
+#endif
+}
+
+MNET_INLINE VectorU16 f16_from_float(Vector<float> value) {
+#if defined(MNET_AVX512)
+  return (VectorU16)_mm512_maskz_cvtps_ph(0xffff, (__m512)value,
+                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(MNET_AVX2)
+  return (VectorU16)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const VectorU32 bits = bit_cast<VectorU32>(value);
+  const VectorU32 magnitude = bits & 0x7fffffffu;
+  // Normal results: rebias, round half to even on the 13 bits that go.
+  const VectorU32 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal results: adding 0.5 aligns the mantissa so that the FPU rounds it.
+  const VectorU32 subnormal =
+      bit_cast<VectorU32>(bit_cast<Vector<float>>(magnitude) + 0.5f) - 0x3f000000u;
+  const VectorU32 is_subnormal = (VectorU32)(magnitude < 0x38800000u);
+  const VectorU32 overflows = (VectorU32)(magnitude >= 0x47800000u);  // 65536 and above, Inf
+  const VectorU32 is_nan = (VectorU32)(magnitude > 0x7f800000u);
+  VectorU32 half = (is_subnormal & subnormal) | (~is_subnormal & normal);
+  half = (overflows & 0x7c00u) | (~overflows & half);
+  half = (is_nan & 0x7e00u) | (~is_nan & half);
+  return narrow(half | ((bits >> 16) & 0x8000u));
+#endif
+}
+
+MNET_INLINE VectorU16 bf16_from_float(Vector<float> value) {
+  const VectorU32 bits = bit_cast<VectorU32>(value);
+  const VectorU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VectorU32 is_nan = (VectorU32)((bits & 0x7fffffffu) > 0x7f800000u);
+  return narrow((is_nan & 0x7fc0u) | (~is_nan & rounded));
+}
+
+// ---- whole vectors ------------------------------------------------------------------------------
+MNET_INLINE Vector<float> load(const float* p) { return load_bits<Vector<float>>(p); }
+MNET_INLINE Vector<double> load(const double* p) { return load_bits<Vector<double>>(p); }
+MNET_INLINE Vector<float> load(const bf16* p) {
+  return bit_cast<Vector<float>>(widen(load_bits<VectorU16>(p)) << 16);
+}
+MNET_INLINE Vector<float> load(const f16* p) { return float_from_f16(load_bits<VectorU16>(p)); }
+
+MNET_INLINE void store(float* p, Vector<float> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+MNET_INLINE void store(double* p, Vector<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+MNET_INLINE void store(bf16* p, Vector<float> v) {
+  const VectorU16 bits = bf16_from_float(v);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+MNET_INLINE void store(f16* p, Vector<float> v) {
+  const VectorU16 bits = f16_from_float(v);
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+
+// ---- the first n lanes (0 < n < width); nothing behind them is touched
+// ---------------------------
+template <typename Elem>
+MNET_INLINE Vector<Accumulator<Elem>> load_first(const Elem* p, int n) {
+#if defined(MNET_AVX512)
+  if constexpr (sizeof(Elem) == 4)
+    return (Vector<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+  else if constexpr (sizeof(Elem) == 8)
+    return (Vector<double>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+  else {
+    const VectorU16 bits = (VectorU16)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+    return load((const Elem*)&bits);
+  }
+#else
+  Elem lanes[kWidth<Accumulator<Elem>>] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+#endif
+}
+template <typename Elem>
+MNET_INLINE void store_first(Elem* p, Vector<Accumulator<Elem>> v, int n) {
+#if defined(MNET_AVX512)
+  if constexpr (sizeof(Elem) == 4)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
+  else if constexpr (sizeof(Elem) == 8)
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)v);
+  else {
+    VectorU16 bits;
+    store((Elem*)&bits, v);
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)bits);
+  }
+#else
+  Elem lanes[kWidth<Accumulator<Elem>>];
+  store(lanes, v);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+#endif
+}
+
+// Lanes 0, 2, 4, ... of two vectors laid end to end.
+template <typename T>
+MNET_INLINE Vector<T> even_lanes(Vector<T> low, Vector<T> high) {
+#if defined(MNET_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    const __m512i even =
+        _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return (Vector<T>)_mm512_permutex2var_ps((__m512)low, even, (__m512)high);
+  } else {
+    const __m512i even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0);
+    return (Vector<T>)_mm512_permutex2var_pd((__m512d)low, even, (__m512d)high);
+  }
+#else
+  Vector<T> even;
+  constexpr int V = kWidth<T>;
+  for (int i = 0; i < V; ++i) even[i] = 2 * i < V ? low[2 * i] : high[2 * i - V];
+  return even;
+#endif
+}
+
+// ---- activation ---------------------------------------------------------------------------------
+// NaN passes through: the comparisons keep x where they are false.
+template <typename T>
+MNET_INLINE Vector<T> at_least(Vector<T> x, T low) {
+#if defined(MNET_AVX512)
+  // The zero-masking forms only because gcc warns of the undefined source of the plain ones.
+  if constexpr (sizeof(T) == 4)
+    return (Vector<T>)_mm512_maskz_max_ps(0xffff, _mm512_set1_ps(low), (__m512)x);
+  else
+    return (Vector<T>)_mm512_maskz_max_pd(0xff, _mm512_set1_pd(low), (__m512d)x);
+#elif defined(MNET_AVX2)
+  if constexpr (sizeof(T) == 4)
+    return (Vector<T>)_mm256_max_ps(_mm256_set1_ps(low), (__m256)x);
+  else
+    return (Vector<T>)_mm256_max_pd(_mm256_set1_pd(low), (__m256d)x);
+#else
+  return x < low ? broadcast<T>(low) : x;
+#endif
+}
+template <typename T>
+MNET_INLINE Vector<T> at_most(Vector<T> x, T high) {
+#if defined(MNET_AVX512)
+  if constexpr (sizeof(T) == 4)
+    return (Vector<T>)_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(high), (__m512)x);
+  else
+    return (Vector<T>)_mm512_maskz_min_pd(0xff, _mm512_set1_pd(high), (__m512d)x);
+#elif defined(MNET_AVX2)
+  if constexpr (sizeof(T) == 4)
+    return (Vector<T>)_mm256_min_ps(_mm256_set1_ps(high), (__m256)x);
+  else
+    return (Vector<T>)_mm256_min_pd(_mm256_set1_pd(high), (__m256d)x);
+#else
+  return x > high ? broadcast<T>(high) : x;
+#endif
+}
+
+// e^x: x = n ln2 + r, a Taylor polynomial of degree 6 on |r| <= ln2/2, 2^n by exponent
+// bits. Relative error below 2e-7 on [-87, 88]; below, 0; above, Inf; NaN stays NaN.
+MNET_INLINE Vector<float> exponential(Vector<float> x) {
+  typedef std::int32_t VectorI32 __attribute__((vector_size(MNET_VECTOR_BYTES)));
+  const Vector<float> clamped = at_most<float>(at_least<float>(x, -87.3f), 88.7f);
+  const Vector<float> magic = broadcast<float>(0x1.8p23f);  // rounds to an integer when added
+  const Vector<float> n = (clamped * 1.44269504f + magic) - magic;
+  Vector<float> r = clamped - n * 0.693359375f;  // ln2 in two parts, the first exact in n * part
+  r = r + n * 2.12194440e-4f;
+  Vector<float> p = broadcast<float>(1.0f / 720);
+  constexpr float kTerms[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (float term : kTerms) p = p * r + term;
+  const VectorI32 exponent = __builtin_convertvector(n, VectorI32);
+  // In two halves: 2^128 is no float, but e^88.7 is.
+  const VectorI32 half = exponent >> 1;
+  const Vector<float> power = bit_cast<Vector<float>>((half + 127) << 23) *
+                              bit_cast<Vector<float>>((exponent - half + 127) << 23);
+  Vector<float> result = p * power;
+  result = x < -87.3f ? Vector<float>{} : result;
+  result = x > 88.7f ? broadcast<float>(__builtin_inff()) : result;
+  return x != x ? x : result;
+}
+MNET_INLINE Vector<double> exponential(Vector<double> x) {
+  for (int i = 0; i < kWidth<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+template <typename T>
+MNET_INLINE Vector<T> activate(Activation activation, T slope, Vector<T> z) {
+  switch (activation) {
+    case Activation::identity: return z;
+    case Activation::relu: return at_least<T>(z, 0);
+    case Activation::relu6: return at_most<T>(at_least<T>(z, 0), 6);
+    case Activation::leaky_relu: return z < T(0) ? z * slope : z;
+    case Activation::hardswish: return z * at_most<T>(at_least<T>(z + T(3), 0), 6) / T(6);
+    case Activation::silu: return z / (T(1) + exponential(-z));
+  }
+  return z;
+}
+
+// The activation of a whole register tile: a kernel inlines the clamps (identity, relu, relu6) and
+// calls out for the others, which keeps a hundred unrolled kernels small.
+template <typename T, typename Call>
+static __attribute__((noinline)) void activate_tile(const Call& call, Vector<T>* tile, int count) {
+  for (int i = 0; i < count; ++i)
+    tile[i] = activate<T>(call.activation, static_cast<T>(call.slope), tile[i]);
+}
+
+// The same for vectors in registers: through a copy, since what has its address taken lives in
+// memory.
+template <typename T, int Count, typename Call>
+MNET_INLINE void activate_registers(const Call& call, Vector<T>* tile) {
+  Vector<T> copy[Count];
+#pragma GCC unroll 32
+  for (int i = 0; i < Count; ++i) copy[i] = tile[i];
+  activate_tile<T>(call, copy, Count);
+#pragma GCC unroll 32
+  for (int i = 0; i < Count; ++i) tile[i] = copy[i];
+}
+
+template <typename T>
+struct Clamp {
+  T low, high;
+  bool exact;  // the clamp is the whole activation
+};
+template <typename T>
+MNET_INLINE Clamp<T> clamp_of(Activation activation) {
+  const T infinity = static_cast<T>(__builtin_inf());
+  switch (activation) {
+    case Activation::identity: return {-infinity, infinity, true};
+    case Activation::relu: return {0, infinity, true};
+    case Activation::relu6: return {0, 6, true};
+    default: return {-infinity, infinity, false};
+  }
+}

@@ -1,0 +1,1 @@
+"""mnet_kernels: fused depthwise-conv + BatchNorm + activation kernels for PyTorch."""

@@ -1,0 +1,113 @@
+"""Which backends can serve a call, and the sentence that says why not.
+
+Each backend has one predicate; choosing a backend and refusing one use the same sentence.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from mnet_kernels import _C
+
+#: Fused kernels first; ``native`` is plain PyTorch and always there.
+NAMES = ("cpu", "cuda", "triton", "native")
+
+_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"the cpu backend serves CPU tensors, not {device.type}"
+    return _floating("cpu", dtype)
+
+
+def _cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    return "the CUDA kernels are not part of this version of mnet_kernels"
+
+
+def _triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    return "the Triton kernels are not part of this version of mnet_kernels"
+
+
+def _native(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _floating(name: str, dtype: torch.dtype) -> str | None:
+    if dtype not in _FLOATING:
+        return f"the {name} backend serves floating dtypes, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+_PREDICATES: dict[str, Callable[[torch.device, torch.dtype], str | None]] = {
+    "cpu": _cpu,
+    "cuda": _cuda,
+    "triton": _triton,
+    "native": _native,
+}
+
+
+def why_not(
+    name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> str | None:
+    """None if backend `name` can serve tensors of this device and dtype, else the reason."""
+    if name not in _PREDICATES:
+        return f"there is no backend {name!r}; the backends are {', '.join(NAMES)}"
+    return _PREDICATES[name](torch.device(device), dtype)
+
+
+def select(op: str, name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend for a call of `op`: `name` if it can serve, or the first that can for None.
+
+    Raises:
+        RuntimeError: `name` cannot serve; the message names operator, expected and actual.
+    """
+    if name is not None:
+        reason = why_not(name, device=device, dtype=dtype)
+        if reason is not None:
+            raise RuntimeError(
+                f"{op}: backend: expected one that can serve x, got {name!r}: {reason}"
+            )
+        return name
+    chosen = next(b for b in NAMES if why_not(b, device=device, dtype=dtype) is None)
+    if chosen == "native" and dtype in _FLOATING:  # other dtypes are an error of the call itself
+        _warn_native(op, device.type)
+    return chosen
+
+
+@cache  # once an operator and device type
+def _warn_native(op: str, device_type: str) -> None:
+    reasons = "; ".join(r for b in NAMES if (r := why_not(b, device=device_type)) is not None)
+    warnings.warn(
+        f"mnet_kernels: {op} on {device_type} runs native PyTorch: {reasons}", stacklevel=4
+    )
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """One line of :func:`table`."""
+
+    backend: str
+    available: bool
+    reason: str  # what is used, or why it is not there
+
+
+def table() -> list[BackendRow]:
+    """Every backend: whether it is there, and what it uses or why it is missing."""
+    info = _C.build_info()
+    details = {
+        "cpu": f"instruction set {info['instruction_set']} (compiled and running here: "
+        f"{', '.join(info['instruction_sets'])})",
+        "native": f"PyTorch {torch.__version__}",
+    }
+    devices = {"cpu": "cpu", "native": "cpu", "cuda": "cuda", "triton": "cuda"}
+    rows = []
+    for name in NAMES:
+        reason = why_not(name, device=devices[name])
+        rows.append(BackendRow(name, reason is None, reason or details[name]))
+    return rows

@@ -1,0 +1,336 @@
+"""The public operators: how they are called, their fake kernels, autograd, autocast and vmap.
+
+Arguments are checked in C++ (csrc/problem.h), once for all backends; the functions here only
+choose the backend. What an operator means: reference.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mnet_kernels import _C, backends, reference  # noqa: F401  (_C registers the operators)
+
+IntOrInts = int | Sequence[int]
+
+_check = torch.ops.mnet_kernels.check_conv.default
+_dwconv_bn_act = torch.ops.mnet_kernels.dwconv_bn_act.default
+_conv_bn_act_packed = torch.ops.mnet_kernels.conv_bn_act_packed.default
+
+
+def dwconv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    stride: IntOrInts = 1,
+    padding: IntOrInts | str = 0,
+    dilation: IntOrInts = 1,
+    activation: str = "relu",
+    slope: float = 0.01,
+    backend: str | None = None,
+) -> Tensor:
+    """Depthwise convolution, per-channel affine and activation in one pass over memory.
+
+    ``y[n, k] = act(scale[k] * conv(x[n, k // M], weight[k]) + shift[k])``, which is
+    conv + BatchNorm (with fixed statistics) + activation: ``scale = bn.weight * rsqrt(var + eps)``,
+    ``shift = bn.bias - mean * scale``.
+
+    Args:
+        x: ``(N, C, H, W)``; float32, float64, float16 or bfloat16. Contiguous and channels_last
+            are read as they are; any other strides are copied once.
+        weight: ``(C*M, 1, Kh, Kw)`` with depth multiplier M >= 1; x's dtype, any strides.
+        scale, shift: ``(C*M,)`` float32 (float64 for float64 x), or None for 1 and 0.
+        stride, dilation: int or (h, w), positive.
+        padding: int, (h, w) or (top, left, bottom, right), zeros; or ``"same"`` as TensorFlow
+            means it: output = ceil(size / stride), the odd pixel at the bottom and right.
+        activation: identity, relu, relu6, leaky_relu (with ``slope``), hardswish or silu.
+        slope: leaky_relu's negative slope.
+        backend: one of ``backends.NAMES``, or None for the best one that can serve x.
+
+    Returns:
+        ``(N, C*M, OH, OW)``, x's dtype and layout. Accumulated in float32 (float64 for float64)
+        and rounded once, at the store.
+
+    Raises:
+        RuntimeError: an argument is wrong; the message names operator, argument, expected and
+            actual. Nothing has run by then.
+    """
+    if padding == "same":
+        padding = ()
+    args = (x, weight, scale, shift, stride, padding, dilation, activation, slope)
+    if backend is None and x.is_cpu:
+        return _dwconv_bn_act(*args)
+    if backends.select("dwconv_bn_act", backend, x.device, x.dtype) == "cpu":
+        return _dwconv_bn_act(*args)
+    return _native("dwconv_bn_act", 0, *args)
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    stride: IntOrInts = 1,
+    padding: IntOrInts | str = 0,
+    dilation: IntOrInts = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    slope: float = 0.01,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`dwconv_bn_act` for any other convolution: weight ``(C_out, C // groups, Kh, Kw)``.
+
+    One pass on the cpu backend for what :func:`can_pack` accepts and no gradient flows through;
+    plain PyTorch for everything else. The weight is packed at every call: where it stays the same,
+    pack it once and call :func:`conv_bn_act_packed`.
+    """
+    tensors = (x, weight, scale, shift)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if padding == "same":
+        padding = ()
+    chosen = backends.select("conv_bn_act", backend, x.device, x.dtype)
+    if chosen == "cpu" and not needs_grad and can_pack(x, groups):
+        constants = (stride, padding, dilation, groups, activation, slope)
+        _check("conv_bn_act", *tensors, *constants)
+        return conv_bn_act_packed(
+            x, pack_conv_weight(weight), scale, shift, kernel_size=tuple(weight.shape[2:]),
+            out_channels=weight.shape[0], stride=stride, padding=padding, dilation=dilation,
+            activation=activation, slope=slope,
+        )  # fmt: skip
+    return _native(
+        "conv_bn_act", groups, x, weight, scale, shift, stride, padding, dilation, activation, slope
+    )
+
+
+def can_pack(x: Tensor, groups: int) -> bool:
+    """Whether :func:`conv_bn_act_packed` serves this input: float32 on the CPU, channels_last,
+    a dense convolution."""
+    return (
+        groups == 1
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def pack_conv_weight(weight: Tensor) -> Tensor:
+    """The weight of a dense convolution as :func:`conv_bn_act_packed` reads it.
+
+    Args:
+        weight: ``(C_out, C, Kh, Kw)`` float32 on the CPU, any strides.
+
+    Returns:
+        ``(ceil(C_out / 32), 1, Kh*Kw*C, 32)`` float32, the last panel filled up with zeros.
+    """
+    return torch.ops.mnet_kernels.pack_conv_weight.default(weight)
+
+
+def conv_bn_act_packed(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    kernel_size: IntOrInts,
+    out_channels: int,
+    stride: IntOrInts = 1,
+    padding: IntOrInts | str = 0,
+    dilation: IntOrInts = 1,
+    activation: str = "relu",
+    slope: float = 0.01,
+) -> Tensor:
+    """:func:`conv_bn_act` on weights from :func:`pack_conv_weight`; no gradient.
+
+    Args:
+        x: ``(N, C, H, W)`` float32 on the CPU; channels_last is read as it is, anything else
+            copied once.
+        packed: from :func:`pack_conv_weight` for ``(out_channels, C, *kernel_size)``.
+        scale, shift: ``(out_channels,)`` float32 or None.
+
+    Returns:
+        ``(N, out_channels, OH, OW)`` float32, channels_last. Long sums are taken in pieces of
+        256 products, which keeps the rounding error at that of native.
+
+    Raises:
+        RuntimeError: an argument is wrong; the message names it, the expected and the actual.
+    """
+    if padding == "same":
+        padding = ()
+    return _conv_bn_act_packed(
+        x, packed, scale, shift, kernel_size, stride, padding, dilation, out_channels, activation,
+        slope,
+    )  # fmt: skip
+
+
+def _native(op: str, groups: int, x: Tensor, weight: Tensor, *rest) -> Tensor:
+    """Plain PyTorch behind the same checks. groups = 0 means depthwise."""
+    scale, shift, stride, padding, dilation, activation, slope = rest
+    _, _, *explicit = _check(
+        op, x, weight, scale, shift, stride, padding, dilation, groups, activation, slope
+    )
+    return reference.conv_bn_act(
+        x, weight, scale, shift,
+        stride=_pair(stride), padding=explicit, dilation=_pair(dilation),
+        groups=groups or x.shape[1], activation=activation, slope=slope,
+    )  # fmt: skip
+
+
+def _pair(value: IntOrInts) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _explicit_padding(x, weight, stride, padding, dilation) -> tuple[int, int, int, int]:
+    if len(padding) == 0:
+        return reference.same_padding(x.shape[2:], weight.shape[2:], stride, dilation)
+    top, left = padding[0], padding[1 % len(padding)]
+    return (top, left, top, left) if len(padding) < 4 else tuple(padding)
+
+
+# ---- torch.compile, torch.export ----
+@torch.library.register_fake("mnet_kernels::check_conv")
+def _check_fake(op, x, weight, scale, shift, stride, padding, dilation, groups, activation, slope):
+    pad = _explicit_padding(x, weight, _pair(stride), padding, _pair(dilation))
+    return [*_output_size(x, weight, stride, pad, dilation), *pad]
+
+
+@torch.library.register_fake("mnet_kernels::dwconv_bn_act")
+def _dwconv_bn_act_fake(x, weight, scale, shift, stride, padding, dilation, activation, slope):
+    pad = _explicit_padding(x, weight, _pair(stride), padding, _pair(dilation))
+    out_h, out_w = _output_size(x, weight, stride, pad, dilation)
+    y = x.new_empty((x.shape[0], weight.shape[0], out_h, out_w))
+    return y.to(memory_format=_layout(x))
+
+
+@torch.library.register_fake("mnet_kernels::conv_bn_act_packed")
+def _conv_bn_act_packed_fake(
+    x, packed, scale, shift, kernel, stride, padding, dilation, out_channels, activation, slope
+):
+    weight = packed.new_empty((out_channels, x.shape[1], *_pair(kernel)))
+    pad = _explicit_padding(x, weight, _pair(stride), padding, _pair(dilation))
+    y = x.new_empty((x.shape[0], out_channels, *_output_size(x, weight, stride, pad, dilation)))
+    return y.to(memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("mnet_kernels::pack_conv_weight")
+def _pack_conv_weight_fake(weight):
+    out_channels, *taps = weight.shape
+    return weight.new_empty((-(-out_channels // 32), 1, math.prod(taps), 32))
+
+
+def _output_size(x, weight, stride, pad, dilation):
+    top, left, bottom, right = pad
+    size = []
+    for n, k, s, d, total in zip(
+        x.shape[2:], weight.shape[2:], _pair(stride), _pair(dilation),
+        (top + bottom, left + right), strict=True,
+    ):  # fmt: skip
+        room = n + total - (k - 1) * d - 1
+        torch._check(room >= 0, lambda: "the padded size of x is below that of the dilated kernel")
+        size.append(room // s + 1)
+    return size
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """The output's layout; csrc/tensor.h (layout_of) says the same."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1:
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+# ---- autograd: frozen statistics, the pre-activation is recomputed ----
+_ACTIVATION_BACKWARD = {
+    "identity": lambda dy, z, slope: dy,
+    "relu": lambda dy, z, slope: torch.ops.aten.threshold_backward(dy, z, 0),
+    "relu6": lambda dy, z, slope: torch.ops.aten.hardtanh_backward(dy, z, 0, 6),
+    "leaky_relu": lambda dy, z, slope: torch.ops.aten.leaky_relu_backward(dy, z, slope, False),
+    "hardswish": lambda dy, z, slope: torch.ops.aten.hardswish_backward(dy, z),
+    "silu": lambda dy, z, slope: torch.ops.aten.silu_backward(dy, z),
+}
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, scale, shift, *ctx.constants = inputs
+    ctx.save_for_backward(x, weight, scale, shift)
+
+
+def _backward(ctx, dy):
+    x, weight, scale, shift = ctx.saved_tensors
+    stride, padding, dilation, activation, slope = ctx.constants
+    stride, dilation = list(_pair(stride)), list(_pair(dilation))
+    top, left, bottom, right = _explicit_padding(x, weight, stride, padding, dilation)
+    groups = x.shape[1]
+    padded = F.pad(x, (left, right, top, bottom))
+    conv = F.conv2d(padded, weight, None, stride, 0, dilation, groups)
+
+    def per_channel(t: Tensor) -> Tensor:
+        return t.to(conv.dtype).view(-1, 1, 1)
+
+    z = conv if scale is None else conv * per_channel(scale)
+    z = z if shift is None else z + per_channel(shift)
+    dz = _ACTIVATION_BACKWARD[activation](dy, z, slope)
+    dconv = dz if scale is None else dz * per_channel(scale)
+    needs_x, needs_weight, needs_scale, needs_shift = ctx.needs_input_grad[:4]
+    dx = dweight = None
+    if needs_x or needs_weight:
+        dpadded, dweight, _ = torch.ops.aten.convolution_backward(
+            dconv, padded, weight, None, stride, [0, 0], dilation, False, [0, 0], groups,
+            [needs_x, needs_weight, False],
+        )  # fmt: skip
+        if needs_x:
+            dx = dpadded[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+    dscale = (dz * conv).sum((0, 2, 3), dtype=scale.dtype) if needs_scale else None
+    dshift = dz.sum((0, 2, 3), dtype=shift.dtype) if needs_shift else None
+    return dx, dweight, dscale, dshift, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "mnet_kernels::dwconv_bn_act", _backward, setup_context=_setup_context
+)
+
+
+# ---- autocast: x and weight as native convolution; scale and shift stay float32 ----
+_library = torch.library.Library("mnet_kernels", "FRAGMENT")
+
+
+def _register_autocast(device_type: str) -> None:
+    def autocast(x, weight, *rest):
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(t: Tensor) -> Tensor:
+            return t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
+
+        with torch.autocast(device_type, enabled=False):
+            return _dwconv_bn_act(cast(x), cast(weight), *rest)
+
+    _library.impl("dwconv_bn_act", autocast, f"Autocast{device_type.upper()}")
+
+
+_register_autocast("cpu")
+_register_autocast("cuda")
+
+
+# ---- vmap ----
+@torch.library.register_vmap("mnet_kernels::dwconv_bn_act")
+def _vmap(info, in_dims, x, weight, scale, shift, *constants):
+    tensors = (x, weight, scale, shift)
+    if in_dims[1] is None and in_dims[2] is None and in_dims[3] is None:
+        stacked = x.movedim(in_dims[0], 0)  # only x is batched: more images
+        y = _dwconv_bn_act(stacked.flatten(0, 1), weight, scale, shift, *constants)
+        return y.unflatten(0, stacked.shape[:2]), 0
+    rows = [
+        _dwconv_bn_act(
+            *(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=False)),
+            *constants,
+        )
+        for i in range(info.batch_size)
+    ]
+    return torch.stack(rows), 0

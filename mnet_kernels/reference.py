@@ -1,0 +1,78 @@
+"""What each operator means, in plain PyTorch.
+
+Everything here runs on any device and dtype, is differentiable, and is the ``native`` backend.
+The fused kernels are tested against these functions in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+#: The activations every backend knows, by the name the operators take. ``slope`` is used by
+#: leaky_relu only. csrc/activation.h lists the same names in the same order.
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "identity": lambda z, slope: z,
+    "relu": lambda z, slope: F.relu(z),
+    "relu6": lambda z, slope: F.relu6(z),
+    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope),
+    "hardswish": lambda z, slope: F.hardswish(z),
+    "silu": lambda z, slope: F.silu(z),
+}
+
+
+def same_padding(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """TensorFlow's "same" padding as (top, left, bottom, right): output = ceil(size / stride).
+
+    The odd pixel goes to the bottom and to the right.
+    """
+    begin, end = [], []
+    for n, k, s, d in zip(size, kernel, stride, dilation, strict=True):
+        total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+        begin.append(total // 2)
+        end.append(total - total // 2)
+    return begin[0], begin[1], end[0], end[1]
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    activation: str = "relu",
+    slope: float = 0.01,
+) -> Tensor:
+    """``act(scale[c] * conv2d(x, weight)[c] + shift[c])``, each step rounded to x's dtype.
+
+    Args:
+        x: ``(N, C, H, W)``, any floating dtype.
+        weight: ``(C_out, C // groups, Kh, Kw)``, x's dtype.
+        scale, shift: ``(C_out,)`` or None for 1 and 0.
+        padding: (top, left, bottom, right), zeros.
+    """
+    top, left, bottom, right = padding
+    if (top, left) == (bottom, right):
+        z = F.conv2d(x, weight, None, stride, (top, left), dilation, groups)
+    else:
+        z = F.conv2d(
+            F.pad(x, (left, right, top, bottom)), weight, None, stride, 0, dilation, groups
+        )
+    if scale is not None:
+        z = z * scale.to(z.dtype).view(-1, 1, 1)
+    if shift is not None:
+        z = z + shift.to(z.dtype).view(-1, 1, 1)
+    return ACTIVATIONS[activation](z, slope)
+
+
+def dwconv_bn_act(x: Tensor, weight: Tensor, *args: Tensor | None, **kwargs) -> Tensor:
+    """:func:`conv_bn_act` with one group a channel; weight ``(C*M, 1, Kh, Kw)``."""
+    return conv_bn_act(x, weight, *args, groups=x.shape[1], **kwargs)

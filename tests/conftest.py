@@ -1,0 +1,44 @@
+"""Shared fixtures: every instruction set, poisoned memory, one hypothesis profile."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from mnet_kernels import _C
+
+# derandomize: CI runs the same examples everywhere; locally HYPOTHESIS_PROFILE=search looks further.
+settings.register_profile(
+    "ci", max_examples=150, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+settings.register_profile("search", settings.get_profile("ci"), max_examples=2000, derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+INSTRUCTION_SETS = tuple(_C.build_info()["instruction_sets"])
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request):
+    """Runs the test once with the kernels of each instruction set this machine has."""
+    _C.set_instruction_set(request.param)
+    yield request.param
+    _C.set_instruction_set(INSTRUCTION_SETS[0])
+
+
+@pytest.fixture
+def poisoned_memory():
+    """New tensors start as NaN: an element that a kernel does not write is found."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(20261123)
