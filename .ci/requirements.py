@@ -1,4 +1,4 @@
-"""Prints what the named extras of pyproject.toml need, so that it can be installed before the build."""
+"""Prints what mnet_kernels and the named extras of it need, to be installed before the build."""
 
 import re
 import sys

@@ -1,1 +1,19 @@
 """mnet_kernels: fused depthwise-conv + BatchNorm + activation kernels for PyTorch."""
+
+from mnet_kernels import backends, models, nn
+from mnet_kernels._version import __version__
+from mnet_kernels.ops import conv_bn_act, dwconv_bn_act
+from mnet_kernels.swap import explain, restore, sites, swap
+
+__all__ = [
+    "__version__",
+    "backends",
+    "conv_bn_act",
+    "dwconv_bn_act",
+    "explain",
+    "models",
+    "nn",
+    "restore",
+    "sites",
+    "swap",
+]

@@ -7,7 +7,9 @@ choose the backend. What an operator means: reference.py.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +65,12 @@ def dwconv_bn_act(
     """
     if padding == "same":
         padding = ()
+    if torch.compiler.is_compiling():
+        stride, padding, dilation = map(_static, (stride, padding, dilation))
     args = (x, weight, scale, shift, stride, padding, dilation, activation, slope)
-    if backend is None and x.is_cpu:
+    if backend is None and isinstance(x, Tensor) and x.is_cpu:
         return _dwconv_bn_act(*args)
-    if backends.select("dwconv_bn_act", backend, x.device, x.dtype) == "cpu":
+    if _select("dwconv_bn_act", backend, x) == "cpu":
         return _dwconv_bn_act(*args)
     return _native("dwconv_bn_act", 0, *args)
 
@@ -91,11 +95,11 @@ def conv_bn_act(
     plain PyTorch for everything else. The weight is packed at every call: where it stays the same,
     pack it once and call :func:`conv_bn_act_packed`.
     """
-    tensors = (x, weight, scale, shift)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if padding == "same":
         padding = ()
-    chosen = backends.select("conv_bn_act", backend, x.device, x.dtype)
+    chosen = _select("conv_bn_act", backend, x)
+    tensors = (x, weight, scale, shift)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if chosen == "cpu" and not needs_grad and can_pack(x, groups):
         constants = (stride, padding, dilation, groups, activation, slope)
         _check("conv_bn_act", *tensors, *constants)
@@ -182,6 +186,17 @@ def _native(op: str, groups: int, x: Tensor, weight: Tensor, *rest) -> Tensor:
     )  # fmt: skip
 
 
+def _select(op: str, backend: str | None, x: Tensor) -> str:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x: expected a Tensor, got {type(x).__name__}")
+    return backends.select(op, backend, x.device, x.dtype)
+
+
+def _static(value: Any) -> Any:
+    """Plain ints for the operator where torch.compile holds symbolic ones."""
+    return operator.index(value) if isinstance(value, int) else [operator.index(v) for v in value]
+
+
 def _pair(value: IntOrInts) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
@@ -196,12 +211,14 @@ def _explicit_padding(x, weight, stride, padding, dilation) -> tuple[int, int, i
 # ---- torch.compile, torch.export ----
 @torch.library.register_fake("mnet_kernels::check_conv")
 def _check_fake(op, x, weight, scale, shift, stride, padding, dilation, groups, activation, slope):
+    _same_device(op, x, weight=weight, scale=scale, shift=shift)
     pad = _explicit_padding(x, weight, _pair(stride), padding, _pair(dilation))
     return [*_output_size(x, weight, stride, pad, dilation), *pad]
 
 
 @torch.library.register_fake("mnet_kernels::dwconv_bn_act")
 def _dwconv_bn_act_fake(x, weight, scale, shift, stride, padding, dilation, activation, slope):
+    _same_device("dwconv_bn_act", x, weight=weight, scale=scale, shift=shift)
     pad = _explicit_padding(x, weight, _pair(stride), padding, _pair(dilation))
     out_h, out_w = _output_size(x, weight, stride, pad, dilation)
     y = x.new_empty((x.shape[0], weight.shape[0], out_h, out_w))
@@ -212,6 +229,7 @@ def _dwconv_bn_act_fake(x, weight, scale, shift, stride, padding, dilation, acti
 def _conv_bn_act_packed_fake(
     x, packed, scale, shift, kernel, stride, padding, dilation, out_channels, activation, slope
 ):
+    _same_device("conv_bn_act", x, packed=packed, scale=scale, shift=shift)
     weight = packed.new_empty((out_channels, x.shape[1], *_pair(kernel)))
     pad = _explicit_padding(x, weight, _pair(stride), padding, _pair(dilation))
     y = x.new_empty((x.shape[0], out_channels, *_output_size(x, weight, stride, pad, dilation)))
@@ -222,6 +240,12 @@ def _conv_bn_act_packed_fake(
 def _pack_conv_weight_fake(weight):
     out_channels, *taps = weight.shape
     return weight.new_empty((-(-out_channels // 32), 1, math.prod(taps), 32))
+
+
+def _same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise RuntimeError(f"{op}: {name}: expected x's device {x.device}, got {t.device}")
 
 
 def _output_size(x, weight, stride, pad, dilation):
@@ -253,7 +277,8 @@ _ACTIVATION_BACKWARD = {
     "relu6": lambda dy, z, slope: torch.ops.aten.hardtanh_backward(dy, z, 0, 6),
     "leaky_relu": lambda dy, z, slope: torch.ops.aten.leaky_relu_backward(dy, z, slope, False),
     "hardswish": lambda dy, z, slope: torch.ops.aten.hardswish_backward(dy, z),
-    "silu": lambda dy, z, slope: torch.ops.aten.silu_backward(dy, z),
+    # aten.silu_backward has no derivative of its own.
+    "silu": lambda dy, z, slope: dy * z.sigmoid() * (1 + z * (1 - z.sigmoid())),
 }
 
 

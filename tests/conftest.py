@@ -10,12 +10,14 @@ from hypothesis import HealthCheck, settings
 
 from mnet_kernels import _C
 
-# derandomize: CI runs the same examples everywhere; locally HYPOTHESIS_PROFILE=search looks further.
+# CI runs the same examples everywhere; HYPOTHESIS_PROFILE=search looks further.
 settings.register_profile(
     "ci", max_examples=150, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-settings.register_profile("search", settings.get_profile("ci"), max_examples=2000, derandomize=False)
+settings.register_profile(
+    "search", settings.get_profile("ci"), max_examples=2000, derandomize=False
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 INSTRUCTION_SETS = tuple(_C.build_info()["instruction_sets"])
@@ -40,5 +42,11 @@ def poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _same_start():
+    """One seed, and one thread: test tensors are too small to share, and a busy machine then
+    costs nothing. Tests of threads set their own."""
     torch.manual_seed(20261123)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

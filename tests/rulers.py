@@ -13,11 +13,13 @@ from mnet_kernels import ops
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Half a unit in the last place, relative.
 ROUNDING = {
-    torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8,
+    torch.float64: 2.0**-53, torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8,
 }  # fmt: skip
 #: Half of the smallest number: below the normal range rounding is absolute.
 SMALLEST = {
-    torch.float64: 0.0, torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134,
+    torch.float64: 0.0, torch.float32: 2.0**-150,
+    torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134,
 }  # fmt: skip
 
 
@@ -45,8 +47,7 @@ def problem(
 ) -> Problem:  # fmt: skip
     """Random tensors for a call; x lies inside a larger buffer of NaN, so that a read past
     either end of it shows."""
-    n, c, h, w = shape
-    outputs = c * multiplier
+    outputs = shape[1] * multiplier
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     values = torch.randn(shape, dtype=torch.float64).to(dtype)
     if channels_last:

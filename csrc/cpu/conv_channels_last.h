@@ -9,7 +9,7 @@
 
 // 2 vectors wide, as many pixels as leave registers for two vectors of weights and a broadcast.
 constexpr int kTilePixels = kRegisters >= 32 ? 14 : 6;
-constexpr int64_t kPiece = 256;
+constexpr int64_t kPiece = 128;
 
 // P pixels, `Vectors` vectors of a panel from column `column` on.
 template <int P, int Vectors>

@@ -1,0 +1,79 @@
+"""Depthwise + BatchNorm + ReLU6 layers alone, as swap runs them, against plain PyTorch.
+
+Batch 1 runs in cache, as inside a network; batch 16 partly from memory. "ours" is given both
+layouts, a row each; the peers always have the choice of all of theirs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import shapes
+from peers import layer_peers
+from torch import nn
+
+from mnet_kernels import ops, sites, swap
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+LAYERS = [("mobilenet_v1", s) for s in shapes("mobilenet_v1")]
+LAYERS_5X5 = [("mobilenet_v3_large", s) for s in shapes("mobilenet_v3_large")]
+
+
+def _layer(channels: int, kernel: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(
+        channels, channels, kernel, stride, kernel // 2, groups=channels, bias=False
+    )  # fmt: skip
+    bn = nn.BatchNorm2d(channels)
+    with torch.no_grad():
+        bn.running_mean.normal_(), bn.running_var.uniform_(0.5, 2)
+        bn.weight.uniform_(0.5, 2), bn.bias.normal_()
+    return nn.Sequential(conv, bn, nn.ReLU6()).eval()
+
+
+def _compare(measure, model, shape, batch, dtype, layout):
+    channels, height, width, kernel, stride, count = shape
+    layer = _layer(channels, kernel, stride)
+    x = torch.randn(batch, channels, height, width).to(DTYPES[dtype])
+    exact = layer.to(DTYPES[dtype]).double()(x.double())
+    layer = layer.to(DTYPES[dtype])
+    ((_, fused),) = sites(swap(layer))
+    ours_x = x.to(memory_format=LAYOUTS[layout])
+    measure(
+        lambda: fused(ours_x),
+        layer_peers(layer[0], layer[1], x),
+        exact,
+        tolerance=1e-5 if dtype == "float32" else 5e-2,
+        kind="layer", model=model, shape=list(shape[:5]), count=count, batch=batch, dtype=dtype,
+        layout=layout, flops=2 * exact.numel() * kernel * kernel,
+        bytes=(x.numel() + exact.numel()) * x.element_size(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("model,shape", LAYERS, ids=lambda v: v if isinstance(v, str) else str(v))
+def test_mobilenet_v1(measure, model, shape, batch, dtype, layout):
+    _compare(measure, model, shape, batch, dtype, layout)
+
+
+@pytest.mark.parametrize("model,shape", LAYERS_5X5, ids=str)
+def test_5x5(measure, model, shape):
+    _compare(measure, model, shape, 1, "float32", "channels_last")
+
+
+def test_overhead_of_a_call(measure):
+    """A 1x8x4x4 input: what is left is the cost of a call. The peer is F.conv2d alone."""
+    x, weight = torch.randn(1, 8, 4, 4), torch.randn(8, 1, 3, 3)
+    exact = ops.dwconv_bn_act(
+        x.double(), weight.double(), padding=1, activation="identity", backend="native"
+    )
+    measure(
+        lambda: ops.dwconv_bn_act(x, weight, padding=1, activation="identity"),
+        {"F.conv2d": lambda: F.conv2d(x, weight, None, 1, 1, 1, 8)},
+        exact,
+        tolerance=1e-5,
+        kind="overhead", shape=[8, 4, 4, 3, 1], batch=1, dtype="float32", layout="contiguous",
+    )  # fmt: skip

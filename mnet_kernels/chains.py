@@ -1,0 +1,339 @@
+"""One traced forward: what every convolution in it can take over, and why no more.
+
+The steps beside a convolution (zero padding before it; normalisation and activation after it) are
+its own where nobody else sees what passes between them, at every call.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from mnet_kernels import tracing
+from mnet_kernels.layout import free_nodes
+from mnet_kernels.nn import FusedConv2d
+from mnet_kernels.plan import Call, Left, Plan, Site, describe, is_depthwise
+from mnet_kernels.probe import (
+    IDENTITY,
+    Activation,
+    Norm,
+    activation_of,
+    is_norm_like,
+    module_activation,
+    norm_of,
+)
+from mnet_kernels.tracing import callers, constants_only, is_of_torch
+
+
+class Look:
+    """What single modules are, each looked at once."""
+
+    def __init__(self, hooked: set[nn.Module]) -> None:
+        self.hooked = hooked
+        self._norms: dict[nn.Module, Norm | str] = {}
+        self._activations: dict[nn.Module, Activation | None] = {}
+        self._leaves: dict[nn.Module, bool] = {}
+        self._opaque: dict[nn.Module, bool] = {}
+        self._own_nodes: dict[nn.Module, list[fx.Node] | str] = {}
+
+    def altered(self, module: nn.Module) -> str | None:
+        """Why one module does not do what its class says, or None."""
+        if not self.hooked.isdisjoint(module.modules()):
+            return f"{type(module).__name__} has hooks"
+        if "forward" in module.__dict__:
+            return f"the forward of {type(module).__name__} was replaced on the instance"
+        return None
+
+    def why_not_plain(self, conv: nn.Module) -> str | None:
+        """Why a convolution cannot be exchanged at all, or None."""
+        if not isinstance(conv, nn.Conv2d):
+            return f"a {type(conv).__name__}: only Conv2d is fused"
+        if isinstance(conv, FusedConv2d):
+            return "fused already"
+        for cls in type(conv).__mro__[: type(conv).__mro__.index(nn.Conv2d)]:
+            if _BEHAVIOUR & set(vars(cls)):
+                return f"its class {cls.__name__} changes what Conv2d does"
+        if conv.padding_mode != "zeros":
+            return f"padding_mode is {conv.padding_mode!r}"
+        return self.altered(conv)
+
+    def norm(self, module: nn.Module) -> Norm | str:
+        if module not in self._norms:
+            self._norms[module] = self.altered(module) or norm_of(module)
+        return self._norms[module]
+
+    def activation(self, module: nn.Module) -> Activation | None:
+        if module not in self._activations:
+            altered = self.altered(module) is not None
+            self._activations[module] = None if altered else module_activation(module)
+        return self._activations[module]
+
+    def is_elementwise(self, module: nn.Module) -> bool:
+        if is_norm_like(module):
+            return isinstance(self.norm(module), Norm)
+        return self.activation(module) is not None
+
+    def own_nodes(self, module: nn.Module) -> list[fx.Node] | str:
+        if module not in self._own_nodes:
+            self._own_nodes[module] = tracing.own_nodes(module)
+        return self._own_nodes[module]
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        if module not in self._leaves:
+            self._leaves[module] = self._is_leaf(module)
+        return self._leaves[module]
+
+    def is_leaf_or_opaque(self, module: nn.Module) -> bool:
+        if self.is_leaf(module):
+            return True
+        if module not in self._opaque:
+            self._opaque[module] = not self._is_traceable(module, self.is_leaf_or_opaque)
+        return self._opaque[module]
+
+    @staticmethod
+    def _is_traceable(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> bool:
+        try:
+            tracing.trace(module, is_leaf)
+        except Exception:  # tracing runs the model's own code
+            return False
+        return True
+
+    def _is_leaf(self, module: nn.Module) -> bool:
+        inner = list(module.modules())
+        if type(module).__module__.startswith("torch.nn") and len(inner) == 1:
+            return True
+        if isinstance(module, _ConvNd) or is_norm_like(module) or self.activation(module):
+            return True
+        if any(isinstance(m, _ConvNd) or is_norm_like(m) for m in inner):
+            return False
+        # With nothing to fuse inside, what cannot be traced need not be.
+        return not self._is_traceable(module, self.is_leaf)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One neighbour of a convolution that it takes over."""
+
+    kind: str  # "pad", "norm", "act", or "skip" for what does nothing anyway
+    #: A module's path, or a call's owner and position.
+    key: str | tuple[str, int]
+    does: Any = None  # the padding, Norm or Activation
+    act: str | Call | None = None  # of "act": the module's path or the function
+
+
+class Graph:
+    """One traced forward: for every convolution the steps it takes over, and why no more."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, look: Look) -> None:
+        self.look = look
+        self.modules = dict(root.named_modules())
+        self.calls: dict[str, list[fx.Node]] = collections.defaultdict(list)
+        self.alike: dict[tuple[str, Any], list[fx.Node]] = collections.defaultdict(list)
+        self.uses: dict[tuple[str, int], int] = {}
+        for node in graph.nodes:
+            if node.op == "call_module":
+                self.calls[str(node.target)].append(node)
+            self.alike[_owner(node), _kind(node, self.modules)].append(node)
+        self.free = free_nodes(graph, self.modules, look.is_elementwise)
+
+    def plan(self) -> Plan:
+        plan = Plan()
+        for path, conv in self.modules.items():
+            if isinstance(conv, _ConvNd):
+                found = self._site(path, conv)
+                if isinstance(found, Site):
+                    plan.sites.append(found)
+                else:
+                    plan.left.append(Left(path, describe(conv), found))
+        return plan
+
+    def _site(self, path: str, conv: nn.Module) -> Site | str:
+        nodes = self.calls.get(path)
+        if not nodes:
+            return "not called in eval mode"
+        why = self.look.why_not_plain(conv)
+        if why is not None:
+            return why
+        if any(len(node.args) != 1 or node.kwargs for node in nodes):
+            return "called with more than one argument"
+        before, _ = self._common([self._before(node, len(nodes)) for node in nodes])
+        after, note = self._common([self._after(node, len(nodes)) for node in nodes])
+        steps = {step.kind: step for step in (*before, *after) if step.kind != "skip"}
+        pad, norm, act = (steps.get(kind) for kind in ("pad", "norm", "act"))
+        if norm is None and not is_depthwise(conv):
+            return note or "no normalisation follows"
+        activation = act.does if act else norm.does.activation if norm else IDENTITY
+        parts = [describe(conv), "bn" if norm else "", activation.name]
+        keys = [step.key for step in steps.values()]
+        return Site(
+            conv=path,
+            pattern=" + ".join(part for part in parts if part not in ("", "identity")),
+            pad=pad.does if pad else (0, 0, 0, 0),
+            norm=str(norm.key) if norm else None,
+            batch_statistics=norm is not None and norm.does.batch_statistics,
+            act=act.act if act else None,
+            activation=activation,
+            absorbed=tuple(key for key in keys if isinstance(key, str)),
+            removed=tuple(key for key in keys if isinstance(key, tuple)),
+            free_layout=self.free.issuperset(nodes),
+            note="" if activation != IDENTITY else note,
+        )
+
+    def _common(self, chains: list[tuple[list[_Step], str]]) -> tuple[list[_Step], str]:
+        """The steps beside every call of one convolution and beside no other call."""
+        steps, note = chains[0]
+        for other, _ in chains[1:]:
+            same = [a == b for a, b in zip(steps, other, strict=False)]
+            if len(other) != len(steps) or not all(same):
+                steps = steps[: (*same, False).index(False)]
+                note = "its calls are followed by different things"
+        for number, step in enumerate(steps):
+            uses = len(self.calls[step.key]) if isinstance(step.key, str) else self.uses[step.key]
+            if step.kind != "skip" and uses != len(chains):
+                return steps[:number], f"{step.kind} {step.key} is also used elsewhere"
+        return steps, note
+
+    def _before(self, node: fx.Node, calls: int) -> tuple[list[_Step], str]:
+        pad = node.args[0]
+        if not isinstance(pad, fx.Node) or len(pad.users) != 1 or self._hooks_between(pad, node):
+            return [], ""
+        edges = self._edges(pad)
+        key = None if edges is None else self._key(pad, calls)
+        return ([_Step("pad", key, edges)] if isinstance(key, tuple | str) else []), ""
+
+    def _edges(self, node: fx.Node) -> tuple[int, int, int, int] | None:
+        """The zeros (top, left, bottom, right) that a node adds, if it does nothing else."""
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            plain = getattr(type(module), "forward", None) is nn.ConstantPad2d.forward
+            if not plain or len(node.args) != 1 or node.kwargs or self.look.altered(module):
+                return None
+            edges, value = module.padding, module.value
+        elif node.op == "call_function" and node.target is F.pad and constants_only(node):
+            names = dict(zip(("pad", "mode", "value"), node.args[1:], strict=False))
+            names.update(node.kwargs)
+            if names.get("mode", "constant") != "constant":
+                return None
+            edges, value = names["pad"], names.get("value")
+        else:
+            return None
+        plain = len(edges) == 4 and all(isinstance(n, int) and n >= 0 for n in edges)
+        if not plain or value not in (None, 0):
+            return None
+        left, right, top, bottom = edges
+        return top, left, bottom, right
+
+    def _after(self, node: fx.Node, calls: int) -> tuple[list[_Step], str]:
+        """The steps after one of a convolution's ``calls``, and why there are no more."""
+        steps: list[_Step] = []
+        while True:
+            if len(node.users) != 1:
+                whose = f"the result of {steps[-1].key}" if steps else "its result"
+                return steps, f"{whose} is used {len(node.users)} times"
+            user = next(iter(node.users))
+            if user.op == "output" or not constants_only(user):
+                return steps, ""
+            if self._hooks_between(node, user):
+                return steps, "a hook would see what passes between"
+            step = None
+            if all(step.kind == "skip" for step in steps):
+                step = self._norm(user)
+            step = step or self._activation(user, calls)
+            if not isinstance(step, _Step):
+                return steps, step or ""
+            steps.append(step)
+            if step.kind == "act" or (step.kind == "norm" and step.does.activation != IDENTITY):
+                return steps, ""
+            node = user
+
+    def _norm(self, node: fx.Node) -> _Step | str | None:
+        if node.op != "call_module":
+            return None
+        path = str(node.target)
+        if isinstance(self.modules[path], nn.modules.batchnorm._NormBase) and (
+            self.modules[path].running_mean is None
+        ):
+            return "the norm keeps no running statistics"
+        if not is_norm_like(self.modules[path]):
+            return None
+        found = self.look.norm(self.modules[path])
+        return found if isinstance(found, str) else _Step("norm", path, found)
+
+    def _activation(self, node: fx.Node, calls: int) -> _Step | str | None:
+        act: str | Call
+        if node.op == "call_module":
+            act = str(node.target)
+            found = self.look.activation(self.modules[act])
+            if found == IDENTITY:
+                return _Step("skip", act)
+        elif node.op == "call_method" or is_of_torch(node.target):
+            act = Call(node.target, tuple(node.args[1:]), dict(node.kwargs))
+            found = activation_of(act)
+        else:
+            return None
+        if found is None or found == IDENTITY:
+            return None
+        key = self._key(node, calls)
+        if isinstance(key, _Why):
+            return f"activation left native: {key}"
+        return _Step("act", key, found, act)
+
+    def _key(self, node: fx.Node, calls: int) -> str | tuple[str, int] | _Why:
+        """How to silence a call that happens beside each of a convolution's ``calls``.
+
+        A module that is called nowhere else is silenced itself. Otherwise the call has to come out
+        of the forward that makes it.
+        """
+        if node.op == "call_module" and len(self.calls[str(node.target)]) == calls:
+            return str(node.target)
+        owner, kind = _owner(node), _kind(node, self.modules)
+        module = self.modules[owner]
+        own = self.look.own_nodes(module)
+        if isinstance(own, str):
+            return _Why(own)
+        inner = dict(module.named_modules())
+        positions = [i for i, n in enumerate(own) if _kind(n, inner) == kind]
+        alike = self.alike[owner, kind]
+        if not positions or len(alike) % len(positions):
+            return _Why("its caller's forward varies from call to call")
+        key = owner, positions[alike.index(node) % len(positions)]
+        self.uses[key] = len(alike) // len(positions)
+        return key
+
+    def _hooks_between(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether a module that holds only one of two calls has hooks: they would see a change."""
+        return any(self.modules[p] in self.look.hooked for p in set(callers(a)) ^ set(callers(b)))
+
+
+class _Why(str):
+    """A reason, where a plain string would be a path."""
+
+
+def _owner(node: fx.Node) -> str:
+    """The path of the module whose forward makes a call."""
+    return (*("",), *callers(node))[-1]
+
+
+def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, Any]:
+    """What is called: the same for all calls of a function, or of a module."""
+    if node.op == "call_module":
+        return node.op, id(modules[str(node.target)])
+    return node.op, node.target
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_BEHAVIOUR = {"forward", "_conv_forward", "__call__", "__getattr__", "weight", "bias"}
+
+
+def take_hooks(module: nn.Module) -> bool:
+    """Remove a module's hooks, which must not see a trace; whether there were any."""
+    held = [hooks for name in _HOOKS if (hooks := getattr(module, name))]
+    for hooks in held:
+        hooks.clear()
+    return bool(held)

@@ -1,0 +1,183 @@
+"""Which sites of a swapped model run fused: measured, kept as JSON, explained as a table."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mnet_kernels.nn import FusedConv2d
+from mnet_kernels.plan import Plan
+from mnet_kernels.timing import interleave
+
+_ROUNDS = 9
+
+
+@dataclass
+class Swapped:
+    """What a swapped model remembers."""
+
+    original: nn.Module
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one convolution (or of a module that could not be traced)."""
+
+    module: str
+    pattern: str
+    #: The backend it runs on, for the device and dtype of its weight; "native" if left alone.
+    backend: str
+    reason: str
+
+
+class Explanation:
+    """The rows of :func:`mnet_kernels.explain`, in the model's order."""
+
+    def __init__(self, plan: Plan, fused: dict[str, FusedConv2d], order: list[str]) -> None:
+        self._plan = plan
+        self._fused = fused
+        self.rows = [
+            _row(site.conv, site.pattern, site.note, fused[site.conv])
+            for site in plan.sites
+            if site.conv in fused
+        ] + [Row(left.module, left.pattern, "native", left.reason) for left in plan.left]
+        self.rows.sort(key=lambda row: order.index(row.module))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write which sites run fused, for ``swap(model, decisions=path)``."""
+        patterns = {site.conv: site.pattern for site in self._plan.sites}
+        content = {
+            name: {"pattern": patterns[name], "native": module.fusion.declined}
+            for name, module in self._fused.items()
+        }
+        Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+    def __str__(self) -> str:
+        from rich import box
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE)
+        for name in ("module", "pattern", "backend", "reason"):
+            table.add_column(name, overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(escape, astuple(row)))
+        console = Console(file=io.StringIO(), width=120, color_system=None)
+        console.print(table)
+        count = sum(row.backend != "native" for row in self.rows)
+        console.print(f"{count} of {len(self.rows)} rows run fused.")
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def _row(name: str, pattern: str, note: str, module: FusedConv2d) -> Row:
+    device, dtype = module.weight.device, module.weight.dtype
+    reason = module.why_native(device, dtype)
+    backend = "native" if reason is not None else module.serving(device, dtype)
+    return Row(name, pattern, backend, "; ".join(part for part in (reason, note) if part))
+
+
+def record_of(fast: object, operator: str) -> Swapped:
+    """The record of a swapped model.
+
+    Raises:
+        TypeError: it is none.
+    """
+    record = fast.__dict__.get("_mnet_swapped") if isinstance(fast, nn.Module) else None
+    if record is None:
+        got = f"{type(fast).__module__}.{type(fast).__qualname__}"
+        raise TypeError(f"{operator}: expected a model made by swap, got {got} that was not")
+    return record
+
+
+def load(path: str | PathLike[str], plan: Plan, fused: dict[str, FusedConv2d]) -> None:
+    """Set every site as a file by :meth:`Explanation.save` says.
+
+    Raises:
+        ValueError: the file is not such a file, or belongs to another model.
+    """
+    where = f"swap: decisions: {path}:"
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"{where} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} expected an object, got {type(content).__name__}")
+    for name in sorted(content.keys() ^ fused.keys()):
+        who = "the file has site" if name in content else "the model has site"
+        raise ValueError(f"{where} {who} {name!r}, the other has not")
+    patterns = {site.conv: site.pattern for site in plan.sites}
+    for name, entry in content.items():
+        if not isinstance(entry, dict) or set(entry) != {"pattern", "native"}:
+            raise ValueError(
+                f'{where} site {name!r}: expected "pattern" and "native", got {entry!r}'
+            )
+        if entry["pattern"] != patterns[name]:
+            raise ValueError(
+                f"{where} site {name!r}: expected {patterns[name]!r}, got {entry['pattern']!r}"
+            )
+        if not isinstance(entry["native"], str | None):
+            raise ValueError(
+                f'{where} site {name!r}: "native": expected null or a reason, '
+                f"got {entry['native']!r}"
+            )
+    for name, entry in content.items():
+        fused[name].fusion.declined = entry["native"]
+
+
+def measure(fast: nn.Module, fused: dict[str, FusedConv2d], inputs: tuple[Any, ...]) -> None:
+    """Leave native every site that is not faster fused, on the input it gets from ``inputs``."""
+    spent: dict[str, list[float]] = {name: [0.0, 0.0] for name in fused}
+
+    def hook(name: str, module: FusedConv2d, args: tuple[Tensor, ...]) -> None:
+        if module.why_native(args[0].device, args[0].dtype) is None:
+            for number, seconds in enumerate(_race(module.forward_native, module.forward, args[0])):
+                spent[name][number] += seconds
+
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, name=name: hook(name, module, args))
+        for name, module in fused.items()
+    ]
+    try:
+        with _eval_mode(fast), torch.no_grad():
+            fast(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (native, ours) in spent.items():
+        if ours > native:
+            fused[name].fusion.declined = f"left native: measured {native / ours:.2f}x"
+
+
+def _race(native: Any, ours: Any, x: Tensor) -> tuple[float, float]:
+    """Median seconds of each, taking turns."""
+    done = interleave(
+        {"native": partial(native, x), "ours": partial(ours, x)},
+        rounds=_ROUNDS,
+        synchronize=partial(torch.cuda.synchronize, x.device) if x.is_cuda else None,
+    )
+    return done["native"].median, done["ours"].median
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,84 @@
+"""What was found in a model: plain descriptions, modules named by their paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from mnet_kernels.probe import IDENTITY, Activation
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function or tensor method with its constant arguments, as a function of one tensor."""
+
+    target: Any  # a function, or a method's name
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(hash=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        function = getattr(type(x), self.target) if isinstance(self.target, str) else self.target
+        return function(x, *self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One convolution and what it takes over. Modules are named by their paths."""
+
+    conv: str
+    pattern: str
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right
+    norm: str | None = None
+    batch_statistics: bool = False
+    #: The activation's module or function; None also where it is inside the norm.
+    act: str | Call | None = None
+    activation: Activation = IDENTITY
+    #: Modules that have nothing left to do.
+    absorbed: tuple[str, ...] = ()
+    #: Calls that have nothing left to do: the module whose forward makes it, and its position
+    #: among that forward's nodes.
+    removed: tuple[tuple[str, int], ...] = ()
+    free_layout: bool = False
+    #: What was left out, and why.
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Left:
+    """A module left as it is."""
+
+    module: str
+    pattern: str
+    reason: str
+
+
+@dataclass
+class Plan:
+    sites: list[Site] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+
+
+def describe(conv: nn.Module) -> str:
+    """For instance "conv_dw 3x3 s2"."""
+    if not isinstance(conv, nn.Conv2d):
+        return type(conv).__name__
+    kind = "conv"
+    if is_depthwise(conv):
+        kind = "conv_dw"
+    elif conv.groups > 1:
+        kind = f"conv_g{conv.groups}"
+    elif conv.kernel_size == (1, 1):
+        kind = "conv_pw"
+    stride = "" if max(conv.stride) == 1 else f" s{_numbers(conv.stride)}"
+    dilation = "" if max(conv.dilation) == 1 else f" d{_numbers(conv.dilation)}"
+    return f"{kind} {conv.kernel_size[0]}x{conv.kernel_size[1]}{stride}{dilation}"
+
+
+def _numbers(pair: tuple[int, ...]) -> str:
+    return str(pair[0]) if len(set(pair)) == 1 else "x".join(map(str, pair))
+
+
+def is_depthwise(conv: Any) -> bool:
+    return conv.groups == conv.in_channels > 1

@@ -1,0 +1,159 @@
+"""What a module computes, found out by running it: which activation, which normalisation.
+
+Nothing is recognised by its class's name. A copy of the module runs in float64 on values that
+tell the candidates apart (both signs, the knees, huge, infinite, NaN), and counts as one of them
+if it agrees everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mnet_kernels.reference import ACTIVATIONS
+
+_EDGES = [0.0, -0.0, 3.0, -3.0, 6.0, 1e-3, -1e-3, 1e4, -1e4, float("inf"), -float("inf")]
+_NORM_PARAMETERS = {"weight", "bias"}
+_NORM_BUFFERS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A name in ACTIVATIONS, and leaky_relu's slope."""
+
+    name: str
+    slope: float = 0.01
+
+
+IDENTITY = Activation("identity")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation ``activation(weight * (x - mean) / sqrt(var + eps) + bias)``."""
+
+    activation: Activation
+    #: In training mode it uses the batch's statistics instead.
+    batch_statistics: bool
+
+
+def activation_of(call: Callable[[Tensor], Tensor]) -> Activation | None:
+    """Which activation a function is, or None if it is none of ours.
+
+    ``identity`` means that the very tensor comes back. What draws random numbers is nothing.
+    """
+    values = torch.tensor(
+        [*_EDGES, float("nan"), -1.0, *torch.linspace(-9, 9, 51)], dtype=torch.float64
+    )
+    x = values.view(1, 4, 4, 4).contiguous(memory_format=torch.channels_last)
+    given = x.clone(memory_format=torch.preserve_format)
+    try:
+        y, drew = _run(call, given)
+    except Exception:  # whatever it needs, it is not a function of one tensor
+        return None
+    if drew or not _same_kind(y, x):
+        return None
+    if y is given and torch.equal(y.nan_to_num(), x.nan_to_num()):
+        return IDENTITY
+    return _matching(x, y, names=[name for name in ACTIVATIONS if name != "identity"])
+
+
+def module_activation(module: nn.Module) -> Activation | None:
+    """Which activation a module without state is, both in training and in eval mode."""
+    if any(True for _ in (*module.children(), *module.parameters(), *module.buffers())):
+        return None
+    try:
+        module = copy.deepcopy(module)
+    except Exception:
+        return None
+    found = activation_of(module.train())
+    return found if found == activation_of(module.eval()) else None
+
+
+def is_norm_like(module: nn.Module) -> bool:
+    """Keeps running statistics of channels, and nothing else beside an affine transform."""
+    buffers = dict(module.named_buffers())
+    if not _NORM_BUFFERS.issuperset(buffers) or any(
+        name not in _NORM_PARAMETERS for name, _ in module.named_parameters()
+    ):
+        return False
+    mean, var = (module._buffers.get(name) for name in ("running_mean", "running_var"))
+    return mean is not None and var is not None and mean.dim() == var.dim() == 1
+
+
+def norm_of(module: nn.Module) -> Norm | str:
+    """What a norm-like module computes, or the reason why it is nothing that can be folded."""
+    eps = getattr(module, "eps", None)
+    if not isinstance(eps, float):
+        return "the norm has no attribute eps"
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=generator)
+
+    channels = module.get_buffer("running_mean").numel()
+    x = uniform(-12, 12, 2, channels, 2, 4)
+    x = x.contiguous(memory_format=torch.channels_last)  # it must take any layout
+    x[0, :, 0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")], dtype=x.dtype)
+    try:
+        module = copy.deepcopy(module).to_empty(device="cpu").double().eval()
+        mean, var = uniform(-1, 1, channels), uniform(0.5, 2, channels)
+        weight, bias = uniform(0.5, 2, channels), uniform(-1, 1, channels)
+        given = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        values = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
+        with torch.no_grad():
+            for name, value in values.items():
+                if name in given:
+                    given[name].copy_(value)
+            if "num_batches_tracked" in given:
+                given["num_batches_tracked"].zero_()
+        y, drew = _run(module, x.clone())
+    except Exception as error:
+        return f"the norm cannot be run on its own ({type(error).__name__})"
+    z = (x - mean.view(-1, 1, 1)) * torch.rsqrt(var + eps).view(-1, 1, 1)
+    if "weight" in given:
+        z = z * weight.view(-1, 1, 1)
+    if "bias" in given:
+        z = z + bias.view(-1, 1, 1)
+    activation = _matching(z, y, list(ACTIVATIONS)) if _same_kind(y, x) and not drew else None
+    if activation is None:
+        return "the norm computes something other than BatchNorm and a known activation"
+    try:
+        trained, _ = _run(module.train(), x.clone())
+        batch_statistics = not torch.equal(trained.nan_to_num(), y.nan_to_num())
+    except Exception:
+        batch_statistics = True
+    return Norm(activation, batch_statistics)
+
+
+def _run(call: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, bool]:
+    """The result, and whether it took random numbers. The caller's generator is left as it was."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        y = call(x)
+        return y, not torch.equal(before, torch.get_rng_state())
+
+
+def _same_kind(y: object, x: Tensor) -> bool:
+    return (
+        isinstance(y, Tensor)
+        and (y.shape, y.dtype, y.device) == (x.shape, x.dtype, x.device)
+        and y.stride() == x.stride()
+    )
+
+
+def _matching(z: Tensor, y: Tensor, names: list[str]) -> Activation | None:
+    """The activation among ``names`` that gives ``y`` for ``z``."""
+    negative = (z > -2) & (z < -0.5)  # where a leaky_relu shows its slope
+    slope = float((y[negative] / z[negative]).median())
+    for name in names:
+        if name == "leaky_relu" and not 0 < slope < 1:
+            continue
+        expected = ACTIVATIONS[name](z, slope)
+        if torch.allclose(y, expected, rtol=1e-9, atol=1e-9, equal_nan=True):
+            return Activation(name, slope if name == "leaky_relu" else 0.01)
+    return None

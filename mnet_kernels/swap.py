@@ -1,0 +1,185 @@
+"""Exchange convolution + BatchNorm + activation for one pass, in any model, and give it back.
+
+::
+
+    fast = swap(model)      # the given model is untouched, parameters are shared
+    print(explain(fast))    # what was exchanged, what was not, and why
+    model = restore(fast)
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Iterator
+from os import PathLike
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mnet_kernels.decisions import Explanation, Swapped, load, measure, record_of
+from mnet_kernels.nn import FusedConv2d, Fusion, absorbed, check_backend
+from mnet_kernels.patterns import find
+from mnet_kernels.plan import Plan, Site
+from mnet_kernels.tracing import Shortened
+
+
+def swap(
+    model: nn.Module,
+    backend: str | None = None,
+    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    decisions: str | PathLike[str] | None = None,
+) -> nn.Module:
+    """A copy of ``model`` whose convolutions do the normalisation and activation after them.
+
+    The copy shares parameters and buffers with ``model``, which stays as it is, and has the same
+    state_dict keys. While a norm is in training mode its site runs as before; in eval mode, or
+    where norms were frozen, it is one pass over memory. What is done later to parameters,
+    statistics or modes is honoured; after changing which modules the model is made of, swap anew.
+    Modules that a convolution took over hand their input on: what passes between the two can no
+    longer be seen, by forward hooks for instance.
+
+    Args:
+        model: any Module. Already swapped: its original is swapped anew.
+        backend: "cpu", "cuda", "triton" or "native"; None: the best there is for each call.
+        example_inputs: arguments for the model. Every site is timed, fused and native, on the
+            input that it gets from them, and stays native where that is faster.
+        decisions: a file written by ``explain(fast).save(path)``, instead of measuring.
+
+    Returns:
+        A model of the same class. It can be copied, pickled, compiled and exported.
+
+    Raises:
+        TypeError: ``model`` is not a Module, or is scripted or compiled.
+        ValueError: unknown backend; unreadable or foreign decisions; both ``example_inputs`` and
+            ``decisions``.
+    """
+    model = _checked(model)
+    check_backend("swap", backend)
+    if example_inputs is not None and decisions is not None:
+        raise ValueError("swap: expected example_inputs or decisions, got both")
+    inputs = _arguments(example_inputs)
+    plan = find(_twin(model))
+    fast = _twin(model)
+    _apply(plan, fast, backend)
+    fast.__dict__["_mnet_swapped"] = Swapped(original=model, plan=plan)
+    fused = dict(sites(fast))
+    if decisions is not None:
+        load(decisions, plan, fused)
+    if inputs is not None:
+        measure(fast, fused, inputs)
+    return fast
+
+
+def restore(fast: nn.Module) -> nn.Module:
+    """The model that was given to :func:`swap`.
+
+    It has the parameters and buffers that ``fast`` has now, even if they were exchanged meanwhile
+    (``fast.to(...)`` makes new buffers).
+
+    Raises:
+        TypeError: ``fast`` was not made by :func:`swap`.
+    """
+    original = record_of(fast, "restore").original
+    now = dict(fast.named_modules())
+    for path, module in original.named_modules():
+        if path in now:
+            module._parameters.update(now[path]._parameters)
+            module._buffers.update(now[path]._buffers)
+    return original
+
+
+def explain(fast: nn.Module) -> Explanation:
+    """What became of every convolution: ``print`` it, read ``.rows``, or ``.save`` it.
+
+    Raises:
+        TypeError: ``fast`` was not made by :func:`swap`.
+    """
+    plan = record_of(fast, "explain").plan
+    order = [path for path, _ in fast.named_modules()]
+    return Explanation(plan, dict(sites(fast)), order)
+
+
+def sites(fast: nn.Module) -> Iterator[tuple[str, FusedConv2d]]:
+    """Path and module of every convolution that was exchanged.
+
+    Raises:
+        TypeError: ``fast`` was not made by :func:`swap`.
+    """
+    for site in record_of(fast, "sites").plan.sites:
+        module = fast.get_submodule(site.conv)
+        if isinstance(module, FusedConv2d):  # and was not replaced since
+            yield site.conv, module
+
+
+def _checked(model: object) -> nn.Module:
+    got = f"{type(model).__module__}.{type(model).__qualname__}"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"swap: model: expected a torch.nn.Module, got {got}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"swap: model: expected a Module in Python, got {got}: swap, then script")
+    if "_orig_mod" in model._modules:
+        raise TypeError(
+            f"swap: model: expected one not yet compiled, got {got}: swap, then compile"
+        )
+    if "_mnet_swapped" in model.__dict__:
+        return restore(model)
+    return model
+
+
+def _arguments(example_inputs: object) -> tuple[Any, ...] | None:
+    if example_inputs is None:
+        return None
+    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if not arguments or not any(isinstance(a, Tensor) for a in arguments):
+        raise TypeError(
+            "swap: example_inputs: expected a Tensor, or a tuple of arguments with one in it, "
+            f"got {type(example_inputs).__name__}"
+        )
+    return arguments
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of the tree of modules that shares all they hold but modules and containers.
+
+    References from one module to another, also as bound methods or in lists, lead to the copy.
+    """
+    memo: dict[int, Any] = {}
+    copied = (nn.Module, types.MethodType, dict, list, tuple, set)
+    for module in model.modules():
+        hooks = [getattr(module, name) for name in vars(module) if name.endswith("_hooks")]
+        for held in (module._parameters, module._buffers, vars(module), *filter(None, hooks)):
+            for value in held.values():
+                if not isinstance(value, copied) or held in hooks:
+                    memo[id(value)] = value
+    return copy.deepcopy(model, memo)
+
+
+def _apply(plan: Plan, fast: nn.Module, backend: str | None) -> None:
+    """Carry the plan out on a copy of the model that it was made for."""
+    removed: dict[str, set[int]] = {}
+    for site in plan.sites:
+        conv = cast(nn.Conv2d, fast.get_submodule(site.conv))
+        FusedConv2d.fuse(conv, _fusion(site, fast, backend))
+        for path in site.absorbed:
+            fast.get_submodule(path).__dict__["forward"] = absorbed
+        for owner, position in site.removed:
+            removed.setdefault(owner, set()).add(position)
+    for owner, positions in removed.items():
+        module = fast.get_submodule(owner)
+        module.__dict__["forward"] = Shortened(module, frozenset(positions))
+
+
+def _fusion(site: Site, fast: nn.Module, backend: str | None) -> Fusion:
+    act = fast.get_submodule(site.act) if isinstance(site.act, str) else site.act
+    return Fusion(
+        pad=site.pad,
+        norm=None if site.norm is None else fast.get_submodule(site.norm),
+        batch_statistics=site.batch_statistics,
+        act=act,
+        activation=site.activation.name,
+        slope=site.activation.slope,
+        backend=backend,
+        free_layout=site.free_layout,
+    )

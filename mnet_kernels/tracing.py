@@ -1,0 +1,246 @@
+"""Graphs of a model's forward: how they are recorded, and how calls are taken out of one.
+
+A graph shows every use of every value, which is what makes an exchange safe. Where a module
+cannot be traced, its children still can, provided that its source shows it does nothing with them
+but call them.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import fx, nn
+
+#: In a node's ``meta``: the paths of the modules inside whose forward it was made, outermost
+#: first. A module's call ends with that module itself.
+CALLERS = "callers"
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, is_leaf: Callable[[nn.Module], bool]) -> None:
+        super().__init__()
+        self._is_leaf = is_leaf
+        self._callers: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self._is_leaf(m)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        self._callers.append(self.path_of_module(m))
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        finally:
+            self._callers.pop()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta[CALLERS] = tuple(self._callers)
+        return node
+
+
+def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Graph:
+    """The graph of ``type(module).forward``, its optional arguments left at their defaults.
+
+    Raises:
+        Exception: whatever tracing raises.
+    """
+    if "forward" in module.__dict__:
+        raise TypeError("its forward was replaced on the instance")
+    return _Tracer(is_leaf).trace(module, concrete_args=_defaults(module) or None)
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+# --- taking calls out of a module's own forward ---------------------------------------------
+
+
+def own_nodes(module: nn.Module) -> list[fx.Node] | str:
+    """The nodes of a module's own forward, children as leaves; or why they are not to be had.
+
+    The list must not depend on anything that may differ at a later call.
+    """
+    if _defaults(module):
+        return "its caller's forward has optional arguments"
+    was_training = module.training
+    graphs = []
+    try:
+        for training in (True, False):
+            module.training = training
+            graphs.append(trace(module, is_leaf=lambda _: True))
+    except Exception as error:
+        return f"its caller's forward cannot be traced ({brief(error)})"
+    finally:
+        module.training = was_training
+    if any(n.op == "get_attr" and "_tensor_constant" in str(n.target) for n in graphs[0].nodes):
+        return "its caller's forward makes tensors"
+    shown = [
+        [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in graph.nodes] for graph in graphs
+    ]
+    if shown[0] != shown[1]:
+        return "its caller's forward differs between training and eval"
+    return list(graphs[0].nodes)
+
+
+class Shortened:
+    """The forward of ``owner`` without the calls at some positions of its :func:`own_nodes`.
+
+    Each call taken out is replaced by its first argument. Children are looked up in ``owner`` as
+    ever. The function is generated from the owner's graph, and again after unpickling.
+    """
+
+    def __init__(self, owner: nn.Module, positions: frozenset[int]) -> None:
+        self.owner = owner
+        self.positions = positions
+        self._function = self._generate()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._function is None:
+            self._function = self._generate()
+        return self._function(self.owner, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_function": None}
+
+    def _generate(self) -> Callable[..., Any]:
+        replaced = self.owner.__dict__.pop("forward", None)  # this object, once it is in place
+        try:
+            nodes = own_nodes(self.owner)
+        finally:
+            if replaced is not None:
+                self.owner.__dict__["forward"] = replaced
+        if isinstance(nodes, str):
+            raise RuntimeError(f"swap: {type(self.owner).__name__} changed since: {nodes}")
+        graph = nodes[0].graph
+        for position in self.positions:
+            node = nodes[position]
+            node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+            graph.erase_node(node)
+        code = graph.python_code("self")
+        namespace = dict(code.globals)
+        exec(compile(code.src, f"<shortened {type(self.owner).__name__}>", "exec"), namespace)
+        return namespace["forward"]
+
+
+# --- what a forward that cannot be traced does with its children ---------------------------
+
+
+def is_container(module: nn.Module) -> bool:
+    """It has no forward of its own (ModuleList, ModuleDict): others call what it holds."""
+    return type(module).forward is nn.Module.forward
+
+
+def called_only(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What ``module`` uses in no other way than by calling it: paths and modules.
+
+    Read from the source of its class. ``self.child(...)`` calls a child; a loop over it, or
+    indexing, calls what it holds. Anything else (a tap on an inner layer, getattr, iteration
+    over all children) shows nothing.
+    """
+    children = dict(module.named_children())
+    if is_container(module) or type(module).forward is nn.Sequential.forward:
+        return list(children.items())
+    if "forward" in module.__dict__:
+        return []
+    try:
+        functions = _methods(type(module))
+    except (OSError, TypeError, SyntaxError):  # no source
+        return []
+    itemwise: set[str] = set()
+    for function in functions:
+        parents = {c: node for node in ast.walk(function) for c in ast.iter_child_nodes(node)}
+        for node in ast.walk(function):
+            if not (isinstance(node, ast.Name) and node.id == "self"):
+                continue
+            use = parents[node]
+            if not isinstance(use, ast.Attribute) or use.attr in _REACHING:
+                return []
+            call = parents[use]
+            if use.attr not in children or (isinstance(call, ast.Call) and call.func is use):
+                continue
+            if _items_called(use, parents, function):
+                itemwise.add(use.attr)
+            else:
+                del children[use.attr]
+    return [
+        (f"{name}.{inner}" if inner else name, m)
+        for name, child in children.items()
+        for inner, m in (child.named_children() if name in itemwise else [("", child)])
+    ]
+
+
+#: Uses of ``self`` that lead to any child.
+_REACHING = {
+    "children", "named_children", "modules", "named_modules", "get_submodule", "_modules",
+    "__dict__",
+}  # fmt: skip
+
+
+def _methods(cls: type) -> list[ast.FunctionDef]:
+    """The source of ``forward`` and of all methods that it may come to call."""
+    defined: dict[str, list[ast.FunctionDef]] = {}
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base)))):
+            if isinstance(node, ast.FunctionDef):
+                defined.setdefault(node.name, []).append(node)
+    names, found = ["forward"], []
+    for name in names:
+        for function in defined.pop(name, []):
+            found.append(function)
+            names += [n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)]
+    return found
+
+
+def _items_called(
+    node: ast.AST, parents: dict[ast.AST, ast.AST], function: ast.FunctionDef
+) -> bool:
+    """Whether all that is done with an expression is to call its items, indexed or in a loop."""
+    use = parents[node]
+    if isinstance(use, ast.Subscript) and use.value is node:
+        node, use = use, parents[use]
+        if isinstance(use, ast.Call) and use.func is node:
+            return True
+    if isinstance(use, ast.Call) and isinstance(use.func, ast.Name) and use.func.id == "enumerate":
+        node, use = use, parents[use]
+    if not isinstance(use, ast.For | ast.comprehension) or use.iter is not node:
+        return False
+    target = use.target.elts[-1] if isinstance(use.target, ast.Tuple) else use.target
+    if not isinstance(target, ast.Name):
+        return False
+    uses = [
+        n
+        for n in ast.walk(function)
+        if isinstance(n, ast.Name) and n.id == target.id and isinstance(n.ctx, ast.Load)
+    ]
+    return all(isinstance(call := parents[n], ast.Call) and call.func is n for n in uses)
+
+
+def brief(error: Exception) -> str:
+    """An exception in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__
+
+
+def callers(node: fx.Node) -> tuple[str, ...]:
+    """Paths of the modules whose forward made this node, without the module a node calls."""
+    stack = node.meta[CALLERS]
+    return stack[:-1] if node.op == "call_module" else stack
+
+
+def constants_only(node: fx.Node) -> bool:
+    """The first argument is the only one that is computed."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    return node.all_input_nodes == [node.args[0]] and node.args.count(node.args[0]) == 1
+
+
+def is_of_torch(function: Any) -> bool:
+    """A function of torch's own: it may be run to see what it does."""
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return module.split(".")[0] in ("torch", "_operator", "builtins")

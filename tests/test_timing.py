@@ -1,0 +1,124 @@
+"""Timing: statistics of known samples, turns, repeats, and a slowdown that must show."""
+
+import time
+
+import pytest
+
+from mnet_kernels.timing import MAX_ROUNDS, MIN_ROUNDS, Spread, environment, interleave, ratio
+
+
+class Clock:
+    """A clock that stands still but for what the candidates spend."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self, name: str, *seconds: float):
+        """A candidate that spends the given times in turn, over and over."""
+        spent = 0
+
+        def run() -> None:
+            nonlocal spent
+            self.log.append(name)
+            self.now += seconds[spent % len(seconds)]
+            spent += 1
+
+        return run
+
+
+def test_spread_of_known_samples():
+    spread = Spread((5.0, 1.0, 2.0, 4.0, 3.0, 6.0))
+    assert (spread.median, spread.low, spread.high) == (3.5, 2.0, 5.0)
+    assert spread.summary(unit=0.5) == {"median": 7.0, "p20": 4.0, "p80": 10.0, "rounds": 6}
+
+
+def test_spread_of_one_sample_is_that_sample():
+    spread = Spread((2.0,))
+    assert (spread.median, spread.low, spread.high) == (2.0, 2.0, 2.0)
+
+
+def test_spread_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="samples: expected at least one"):
+        Spread(())
+
+
+def test_ratio_is_taken_within_a_round():
+    # The machine got three times slower in the last rounds; the candidates' ratio did not.
+    slow, fast = Spread((2.0, 2.0, 6.0, 6.0)), Spread((1.0, 1.0, 3.0, 3.0))
+    assert ratio(slow, fast).samples == (2.0, 2.0, 2.0, 2.0)
+
+
+def test_ratio_of_different_rounds_is_an_error():
+    with pytest.raises(ValueError, match="same rounds, got 2 and 1"):
+        ratio(Spread((1.0, 1.0)), Spread((1.0,)))
+
+
+def test_samples_are_seconds_a_call_in_round_order():
+    clock = Clock()
+    # Two calls warm up and one estimates: the fourth is the first that counts.
+    call = clock.call("a", 9.0, 9.0, 9.0, 1.0, 2.0, 3.0)
+    spreads = interleave({"a": call}, rounds=3, clock=clock)
+    assert spreads["a"].samples == (1.0, 2.0, 3.0)
+
+
+def test_candidates_take_turns_and_nobody_always_goes_first():
+    clock = Clock()
+    calls = {name: clock.call(name, 1.0) for name in "abc"}
+    interleave(calls, rounds=3, clock=clock)
+    assert "".join(clock.log) == "aaabbbccc" + "abc" + "bca" + "cab"
+
+
+def test_short_calls_are_repeated_until_the_clock_can_see_them():
+    clock = Clock()
+    spreads = interleave(
+        {"short": clock.call("s", 0.25), "long": clock.call("l", 4.0)},
+        rounds=2,
+        min_sample_s=1.0,
+        clock=clock,
+    )
+    assert clock.log.count("s") == 3 + 2 * 4
+    assert clock.log.count("l") == 3 + 2
+    assert spreads["short"].samples == (0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(1.0, 20), (1000.0, MIN_ROUNDS), (0.001, MAX_ROUNDS)]
+)
+def test_rounds_follow_the_budget_within_bounds(seconds, expected):
+    clock = Clock()
+    spreads = interleave({"a": clock.call("a", seconds)}, budget_s=20.0, clock=clock)
+    assert len(spreads["a"].samples) == expected
+
+
+def test_the_device_is_waited_for_before_the_clock_is_read():
+    clock = Clock()
+    spreads = interleave(
+        {"a": clock.call("a", 1.0)},
+        rounds=1,
+        synchronize=clock.call("wait", 0.5),
+        clock=clock,
+    )
+    assert spreads["a"].samples == (1.5,)
+
+
+def test_progress_ends_at_one():
+    told = []
+    interleave({"a": lambda: None}, rounds=4, on_round=told.append)
+    assert told == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_planted_slowdown_shows():
+    spreads = interleave(
+        {"fast": lambda: time.sleep(0.002), "slow": lambda: time.sleep(0.006)}, rounds=5
+    )
+    assert ratio(spreads["slow"], spreads["fast"]).median > 1.5
+
+
+def test_environment_names_what_a_measurement_depends_on():
+    facts = environment()
+    assert {"date", "commit", "torch", "cpu", "instruction_set", "threads"} <= facts.keys()
+    assert facts["threads"] >= 1
