@@ -14,26 +14,24 @@ namespace py = pybind11;
 
 namespace {
 
-// A copy of some spans of memory, to tell later whether others hold the same.
+// A copy of some spans of memory, to tell later whether they still hold the same. Whoever makes it
+// keeps the memory alive.
 class Bytes {
  public:
-  using Spans = std::vector<std::pair<std::uintptr_t, std::size_t>>;  // (address, bytes)
-  explicit Bytes(const Spans& spans) {
-    for (const auto& [address, size] : spans)
-      copies_.emplace_back(reinterpret_cast<const char*>(address), size);
+  explicit Bytes(const std::vector<std::pair<std::uintptr_t, std::size_t>>& spans) {
+    for (const auto& [address, size] : spans) {
+      const auto* from = reinterpret_cast<const char*>(address);
+      spans_.push_back({from, std::string(from, size)});
+    }
   }
-  bool equal(const Spans& spans) const {
-    if (spans.size() != copies_.size()) return false;
-    for (std::size_t i = 0; i < spans.size(); ++i)
-      if (spans[i].second != copies_[i].size() ||
-          std::memcmp(reinterpret_cast<const char*>(spans[i].first), copies_[i].data(),
-                      copies_[i].size()) != 0)
-        return false;
+  bool unchanged() const {
+    for (const auto& [from, copy] : spans_)
+      if (std::memcmp(from, copy.data(), copy.size()) != 0) return false;
     return true;
   }
 
  private:
-  std::vector<std::string> copies_;
+  std::vector<std::pair<const char*, std::string>> spans_;
 };
 
 }  // namespace
@@ -51,8 +49,8 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
   py::class_<Bytes>(m, "Bytes")
-      .def(py::init<const Bytes::Spans&>(), py::arg("spans"))
-      .def("equal", &Bytes::equal, py::arg("spans"));
+      .def(py::init<const std::vector<std::pair<std::uintptr_t, std::size_t>>&>(), py::arg("spans"))
+      .def("unchanged", &Bytes::unchanged);
   m.def("set_instruction_set", &mnet::cpu::set_instruction_set, py::arg("name"),
         "Use the CPU kernels of this instruction set from now on (tests and benchmarks).");
 }

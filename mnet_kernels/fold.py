@@ -58,44 +58,42 @@ def statistics_of(norm: nn.Module) -> tuple[Any, ...]:
 
 
 class Snapshot:
-    """What some tensors held, to tell later whether they still do.
+    """What some tensors held, to tell at every call whether they still do.
 
     Autograd's version counter misses writes through ``.data`` and BatchNorm's own updates of its
     statistics, so what is small and on the CPU is compared itself.
+
+    Args:
+        tensors: what a call's constants are made from; their storage is kept alive, so that its
+            addresses cannot be given to others meanwhile.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        described = _describe(tensors)
-        self._versions: list[Any] | None = None if described is None else described[0]
-        self._bytes = _C.Bytes([] if described is None else described[1])
-        # Their storage is kept alive, so that its addresses cannot be given to others meanwhile.
         self._alive = [t.detach() for t in tensors]
+        self._addresses: list[int] | None = None  # None: there is nothing to tell by
+        self._versioned: list[tuple[int, int]] = []  # (index, version)
+        spans = []
+        if any(type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors):
+            return
+        try:
+            for i, t in enumerate(tensors):
+                on_cpu = t.is_cpu and t.is_contiguous()
+                if on_cpu:
+                    spans.append((t.data_ptr(), min(t.nbytes, _COMPARED_BYTES)))
+                if not on_cpu or t.nbytes > _COMPARED_BYTES:
+                    self._versioned.append((i, t._version))
+            self._addresses = [t.data_ptr() for t in tensors]
+        except RuntimeError:  # an inference tensor (no version) or one without memory of its own
+            return
+        self._bytes = _C.Bytes(spans)
 
     def holds(self, tensors: list[Tensor]) -> bool:
-        """Whether these tensors hold what those of the snapshot did; False if none can tell."""
-        described = _describe(tensors)
-        if described is None or self._versions is None:
+        """Whether these are the same memory and hold the same; False if none can tell."""
+        try:
+            return (
+                [t.data_ptr() for t in tensors] == self._addresses
+                and all(tensors[i]._version == version for i, version in self._versioned)
+                and self._bytes.unchanged()
+            )
+        except RuntimeError:
             return False
-        versions, spans = described
-        return versions == self._versions and self._bytes.equal(spans)
-
-
-def _describe(tensors: list[Tensor]) -> tuple[list[Any], list[tuple[int, int]]] | None:
-    """(what to compare in Python, (address, bytes) of what to compare in memory), or None for
-    tensors that offer neither."""
-    versions: list[Any] = []
-    spans = []
-    try:
-        for t in tensors:
-            if type(t) is not Tensor and type(t) is not nn.Parameter:
-                return None
-            address, nbytes = t.data_ptr(), t.nbytes
-            versions.append(t.dtype)
-            on_cpu = t.is_cpu and nbytes and t.is_contiguous()
-            if on_cpu:
-                spans.append((address, min(nbytes, _COMPARED_BYTES)))
-            if not on_cpu or nbytes > _COMPARED_BYTES:
-                versions += [address, t._version]
-    except RuntimeError:  # an inference tensor (no version) or one without memory of its own
-        return None
-    return versions, spans

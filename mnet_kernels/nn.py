@@ -85,12 +85,12 @@ class FusedConv2d(nn.Conv2d):
             return fusion.declined
         norm = fusion.norm
         if norm is not None and (
-            (norm.training and fusion.batch_statistics) or norm.running_mean is None
+            (norm.training and fusion.batch_statistics) or norm._buffers["running_mean"] is None
         ):
             return "the norm uses the batch's statistics (training mode)"
         if not self.is_depthwise or torch.compiler.is_compiling():
             return None  # the fold needs nothing but native operators
-        return _server(fusion.backend, torch.device(device).type, dtype)[1]
+        return _server(fusion.backend, str(device), dtype)[1]
 
     def serving(self, device: torch.device | str, dtype: torch.dtype) -> str:
         """The backend of a fused call; "folded" where it is the native convolution of a fold."""
@@ -98,19 +98,19 @@ class FusedConv2d(nn.Conv2d):
             packs = self.groups == 1 and dtype == torch.float32
             on_cpu = self.fusion.backend in (None, "cpu") and torch.device(device).type == "cpu"
             return "cpu" if packs and on_cpu and self.fusion.free_layout else "folded"
-        return _server(self.fusion.backend, torch.device(device).type, dtype)[0]
+        return _server(self.fusion.backend, str(device), dtype)[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
+        weight, device = cast(Tensor, self._parameters["weight"]), x.device
+        if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device.type)
             x, weight = x.to(dtype), weight.to(dtype)
         if (
             x.dim() != 4
             or x.dtype != weight.dtype
-            or x.device != weight.device
+            or device != weight.device
             or _in_functorch()
-            or self.why_native(x.device, x.dtype) is not None
+            or self.why_native(device, x.dtype) is not None
         ):
             return self.forward_native(x)
         if self.is_depthwise:
@@ -131,7 +131,8 @@ class FusedConv2d(nn.Conv2d):
 
     def _depthwise(self, x: Tensor, weight: Tensor) -> Tensor:
         fusion = self.fusion
-        constants = self._constants(x, weight, "by_tap")
+        # Other dtypes are converted by the kernel's own pass over the weight.
+        constants = self._constants(x, weight, "by_tap" if x.dtype == torch.float32 else "as_is")
         return ops.dwconv_bn_act(
             x,
             *constants,
@@ -198,13 +199,13 @@ class FusedConv2d(nn.Conv2d):
         (torch.compile, torch.export, torch.jit.trace), so that the recording holds no old values.
 
         Args:
-            form: what becomes of the weight: "by_tap", "packed" or "folded" (see ``_FORMS``).
+            form: what becomes of the weight, a key of ``_FORMS``.
         """
         bias, norm, make = self._parameters["bias"], self.fusion.norm, _FORMS[form]
         sources = [weight, *self._sources()]
         if _recorded() or (torch.is_grad_enabled() and any(t.requires_grad for t in sources)):
             scale, shift = fold(x.dtype, bias, norm)
-            return weight if form == "by_tap" else make(weight, scale), scale, shift
+            return scaled(weight, scale) if form == "folded" else weight, scale, shift
         key = form, x.dtype, 0.0 if norm is None else norm.eps
         kept = self.__dict__.get("_kept")
         if kept is None or kept[0] != key or not kept[1].holds(sources):
@@ -355,6 +356,7 @@ def _by_tap(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 #: What becomes of the weight, by the kind of call. The fused kernels apply the scale themselves.
 _FORMS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
+    "as_is": lambda weight, scale: weight,
     "by_tap": _by_tap,
     "packed": lambda weight, scale: ops.pack_conv_weight(weight),
     "folded": scaled,
@@ -388,9 +390,9 @@ def _zero_pad(x: Tensor, edges: _Edges) -> Tensor:
 
 
 @functools.cache
-def _server(backend: str | None, device_type: str, dtype: torch.dtype) -> tuple[str, str | None]:
+def _server(backend: str | None, place: str, dtype: torch.dtype) -> tuple[str, str | None]:
     """The backend that serves, or "native" and why neither the named one nor any other does."""
-    device = torch.device(device_type)
+    device = torch.device(place)
     reasons = []
     for name in _FUSED if backend is None else (backend,):
         reason = backends.why_not(name, device=device, dtype=dtype)
