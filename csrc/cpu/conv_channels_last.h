@@ -64,6 +64,8 @@ MNET_INLINE void conv_tile(const ConvCall& call, const float* patches, int64_t p
       const Vector<float> out = at_most<float>(at_least<float>(sum[p][v], clamp.low), clamp.high);
       if (v == Vectors - 1 && lanes_in_last < V)
         store_first(y + p * call.K + v * V, out, lanes_in_last);
+      else if (call.stream)
+        stream(y + p * call.K + v * V, out);
       else
         store(y + p * call.K + v * V, out);
     }
@@ -163,6 +165,9 @@ static void conv_channels_last(const ConvCall& call, int64_t begin, int64_t end,
         const int64_t channel = panel * kPanel + column;
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t from = tile * count / tiles, to = (tile + 1) * count / tiles;
+          if (panel == 0 && column == 0 && call.pointwise)  // the same pixels of the next block
+            prefetch(static_cast<const float*>(call.x) + (first + count + from) * call.C,
+                     (to - from) * call.C * static_cast<int64_t>(sizeof(float)));
           kConvTiles[vectors - 1][to - from - 1](
               call, patches + from * stride, stride, weight + column, channel,
               static_cast<float*>(call.y) + (first + from) * call.K + channel, last, clamp);
@@ -170,6 +175,7 @@ static void conv_channels_last(const ConvCall& call, int64_t begin, int64_t end,
       }
     }
   }
+  if (call.stream) stream_end();
 }
 
 static int64_t conv_channels_last_scratch(const ConvCall& call) {

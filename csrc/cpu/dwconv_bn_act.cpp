@@ -24,6 +24,8 @@ Element element_of(DType dtype) {
   }
 }
 
+constexpr int64_t kSecondLevelCache = int64_t{8} << 20;
+
 // `t`'s values if they lie one after the other, else a copy of them; `fill` where t is None.
 template <typename Acc>
 const Acc* per_channel(const std::optional<Tensor>& t, int64_t K, Acc fill,
@@ -98,6 +100,11 @@ void run(DwconvCall& call, const Problem& p, const Tensor& weight,
 
   // Vectors must not be wider than a pixel's channels.
   const Kernels& kernels = layout == Layout::contiguous ? active_kernels() : narrowed_kernels(p.K);
+  const int64_t size = p.dtype == DType::float64 ? 8 : p.dtype == DType::float32 ? 4 : 2;
+  call.stream = layout == Layout::channels_last &&
+                stores_past_caches(call.y, p.N * p.OH * p.OW * p.K * size,
+                                   p.N * p.H * p.W * p.C * size, p.K * size);
+  call.prefetch = p.N * p.H * p.W * p.C * size > kSecondLevelCache;
   const int64_t threads = torch::stable::get_num_threads();
   if (layout == Layout::channels_last) {
     const int64_t tasks = plan_channels_last(call, kernels.width, threads);

@@ -75,9 +75,14 @@ MNET_INLINE void dw_tile(const DwconvCall& call, const Elem* x, Elem* y, TileWin
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t)
-        store(y + (r * call.OW + t) * call.K + c,
-              at_most<Acc>(at_least<Acc>(sum[r][t], clamp.low), clamp.high));
+      for (int t = 0; t < T; ++t) {
+        const Vector<Acc> out = at_most<Acc>(at_least<Acc>(sum[r][t], clamp.low), clamp.high);
+        Elem* to = y + (r * call.OW + t) * call.K + c;
+        if (call.stream)
+          stream(to, out);
+        else
+          store(to, out);
+      }
   }
 }
 
@@ -101,6 +106,12 @@ static void dw_rows(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_beg
     window.column_end = call.W - iw < kColumns ? static_cast<int>(call.W - iw) : kColumns;
     const Elem* from = x + iw * call.C;
     Elem* to = y + ow * call.K;
+    // The rows that the next R output rows read for the first time, below this tile: too many
+    // streams for the processor to foresee.
+    if (call.prefetch && c_begin == 0)
+      for (int r = 0; r < R * S; ++r)
+        prefetch(from + (kRows + r) * call.W * call.C,
+                 kTile * S * call.C * static_cast<int64_t>(sizeof(Elem)));
     if constexpr (kTile == T && R == kTileRows<K>) {
       const bool interior = window.row_begin == 0 && window.row_end == kRows &&
                             window.column_begin == 0 && window.column_end == kColumns;
@@ -199,4 +210,5 @@ static void dw_channels_last(const DwconvCall& call, int64_t begin, int64_t end)
     rows(call, n, oh, oh_end, c, c_end);
     task += oh_end - oh;
   }
+  if (call.stream) stream_end();
 }

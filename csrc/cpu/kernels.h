@@ -29,6 +29,8 @@ struct DwconvCall {
   Element element;
   Activation activation;
   double slope;
+  bool prefetch;  // x is larger than a second-level cache (channels_last)
+  bool stream;    // store past the caches (channels_last; every output vector is aligned)
   // How the work is cut into tasks (see plan_* in dwconv_bn_act.cpp).
   int64_t channel_chunk, channel_chunks;  // channels_last: a task is an output row of one chunk
   int64_t rows_per_task, row_tasks;       // contiguous: a task is a block of rows of one plane
@@ -53,6 +55,7 @@ struct ConvCall {
   void* y;
   Activation activation;
   double slope;
+  bool stream;                           // store past the caches (every output vector is aligned)
   int64_t pixel_blocks, channel_blocks;  // a task is one of each
 };
 

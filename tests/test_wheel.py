@@ -1,0 +1,65 @@
+"""One wheel for every torch: built in pip's isolation under one, tested under another."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OPERATOR_TESTS = ("test_dwconv_bn_act.py", "test_conv_bn_act.py", "test_bad_input.py",
+                  "test_torch_integration.py")  # fmt: skip
+BUILD_TORCH, RUN_TORCH = "2.14.1", "2.13.0"
+
+
+def run(*command: str | Path, **options) -> str:
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, **options
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.mark.wheel
+def test_built_under_one_torch_runs_under_another(tmp_path):
+    source = tmp_path / "source"  # what git has, so that nothing built here leaks in
+    files = run("git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard")
+    for name in files.splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, source / name)
+    pins = tmp_path / "pins.txt"
+    pins.write_text(f"torch=={BUILD_TORCH}\n")
+    # pip reads the one or the other, by its age, for the packages that the build needs.
+    isolated = os.environ | {"PIP_CONSTRAINT": str(pins), "PIP_BUILD_CONSTRAINT": str(pins)}
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", tmp_path, source, env=isolated)
+    (wheel,) = tmp_path.glob("mnet_kernels-*.whl")
+
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(
+        python, "-m", "pip", "install", wheel, f"torch=={RUN_TORCH}", "pytest", "hypothesis",
+        "expecttest", cwd=tmp_path,
+    )  # fmt: skip
+    facts = run(
+        python, "-c",
+        "import torch, mnet_kernels._C as c; print(torch.__version__, c.build_info())",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert facts.startswith(RUN_TORCH)
+    assert f"'built_with_torch': '{BUILD_TORCH}" in facts
+
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    for name in ("conftest.py", "rulers.py", *OPERATOR_TESTS):
+        shutil.copy2(ROOT / "tests" / name, tests / name)
+    out = run(
+        python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not 2_to_31", tests,
+        cwd=tests, env=os.environ | {"PYTHONPATH": str(tests)},
+    )  # fmt: skip
+    assert " passed" in out and "failed" not in out
