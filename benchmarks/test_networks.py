@@ -14,7 +14,7 @@ import torchvision
 from peers import network_peers
 
 from mnet_kernels import swap
-from mnet_kernels.compare import randomise_batchnorm
+from mnet_kernels.data import randomise_batchnorm
 from mnet_kernels.models import mobilenet_v1
 
 NETWORKS = {

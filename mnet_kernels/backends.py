@@ -15,7 +15,7 @@ import torch
 from mnet_kernels import _C
 
 #: Fused kernels first; ``native`` is plain PyTorch and always there.
-NAMES = ("cpu", "cuda", "triton", "native")
+NAMES: tuple[str, ...] = ("cpu", "cuda", "triton", "native")
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
