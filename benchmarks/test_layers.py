@@ -1,4 +1,5 @@
-"""Depthwise + BatchNorm + ReLU6 layers alone, as swap runs them, against plain PyTorch.
+"""Depthwise + BatchNorm + ReLU6 layers alone: the operator, its weights laid out as swap keeps
+them, against plain PyTorch.
 
 Batch 1 runs in cache, as inside a network; batch 16 partly from memory. "ours" is given both
 layouts, a row each; the peers always have the choice of all of theirs.
@@ -13,7 +14,8 @@ from conftest import shapes
 from peers import layer_peers
 from torch import nn
 
-from mnet_kernels import ops, sites, swap
+from mnet_kernels import ops
+from mnet_kernels.fold import fold
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -38,10 +40,15 @@ def _compare(measure, model, shape, batch, dtype, layout):
     x = torch.randn(batch, channels, height, width).to(DTYPES[dtype])
     exact = layer.to(DTYPES[dtype]).double()(x.double())
     layer = layer.to(DTYPES[dtype])
-    ((_, fused),) = sites(swap(layer))
     ours_x = x.to(memory_format=LAYOUTS[layout])
+    weight, (scale, shift) = layer[0].weight.detach(), fold(x.dtype, None, layer[1])
+    if dtype == "float32":
+        weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    scale, shift = scale.detach(), shift.detach()
     measure(
-        lambda: fused(ours_x),
+        lambda: ops.dwconv_bn_act(
+            ours_x, weight, scale, shift, stride=stride, padding=kernel // 2, activation="relu6"
+        ),
         layer_peers(layer[0], layer[1], x),
         exact,
         tolerance=1e-5 if dtype == "float32" else 5e-2,

@@ -68,10 +68,11 @@ const Acc* by_tap(const Problem& p, const Tensor& weight, std::vector<Acc>& memo
 }
 
 // channels_last: a unit of work is one output row of a chunk of channels. Channels are only cut
-// when there are too few rows to share out evenly.
+// where there are not enough rows: threads that share a pixel's lines take them from one another
+// (a processor prefetches past the end of a chunk), which costs more than an uneven share.
 int64_t plan_channels_last(DwconvCall& call, int64_t width, int64_t threads) {
   const int64_t rows = call.N * call.OH;
-  const bool cut = threads > 1 && rows < 8 * threads && call.K >= 2 * threads * width;
+  const bool cut = threads > 1 && rows < 2 * threads && call.K >= 2 * threads * width;
   const int64_t chunks = cut ? threads : 1;
   call.channel_chunk = (call.K + chunks * width - 1) / (chunks * width) * width;
   call.channel_chunks = (call.K + call.channel_chunk - 1) / call.channel_chunk;
