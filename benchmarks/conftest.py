@@ -33,20 +33,22 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 def measure(benchmark):
     """measure(ours, peers, exact, ...): check every candidate, time them in turns, record the row.
 
-    The row's speed-up is against the best peer. pytest-benchmark's own statistics are of `ours`.
+    The row's speed-up is against the best peer; `others` are timed beside them. pytest-benchmark's
+    own statistics are of `ours`.
     """
 
     def run(
-        ours: Call, peers: dict[str, Call], exact: Tensor, tolerance: float, **row: Any
-    ) -> dict[str, Any]:
+        ours: Call, peers: dict[str, Call], exact: Tensor, tolerance: float,
+        others: dict[str, Call] | None = None, **row: Any,
+    ) -> dict[str, Any]:  # fmt: skip
         scale = exact.abs().max().item()
         errors = {}
+        calls = {"ours": ours, **peers, **(others or {})}
         with torch.inference_mode():
-            for name, call in {"ours": ours, **peers}.items():
+            for name, call in calls.items():
                 errors[name] = (call().double() - exact).abs().max().item() / scale
                 assert errors[name] <= tolerance, f"{name} is wrong by {errors[name]:.1e}"
             nbytes = row.get("bytes")
-            calls = {"ours": ours, **peers}
             if nbytes:  # how fast this machine moves as many bytes, in the same rounds
                 source = torch.randn(nbytes // 8)
                 target = torch.empty_like(source)
