@@ -50,11 +50,15 @@ const Acc* by_tap_from(const Problem& p, const Tensor& weight, std::vector<Acc>&
         (p.KW == 1 || stride[3] == p.K))
       return from;
   memory.resize(static_cast<std::size_t>(p.KH * p.KW * p.K));
-  for (int64_t k = 0; k < p.K; ++k)
-    for (int64_t h = 0; h < p.KH; ++h)
-      for (int64_t w = 0; w < p.KW; ++w)
-        memory[static_cast<std::size_t>((h * p.KW + w) * p.K + k)] =
-            static_cast<Acc>(from[k * stride[0] + h * stride[2] + w * stride[3]]);
+  // Tap by tap: channel by channel would write to every tap's row in turn, and rows of 1024
+  // channels share their cache set.
+  Acc* to = memory.data();
+  for (int64_t h = 0; h < p.KH; ++h)
+    for (int64_t w = 0; w < p.KW; ++w) {
+      const Elem* tap = from + h * stride[2] + w * stride[3];
+      const int64_t step = stride[0];
+      for (int64_t k = 0; k < p.K; ++k) *to++ = static_cast<Acc>(tap[k * step]);
+    }
   return memory.data();
 }
 
