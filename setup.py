@@ -24,6 +24,7 @@ setup(
             "mnet_kernels._C",
             # Slowest to compile first.
             sources=[
+                "csrc/cpu/instruction_set_avx512_bf16.cpp",
                 "csrc/cpu/instruction_set_avx512.cpp",
                 "csrc/cpu/instruction_set_baseline.cpp",
                 "csrc/cpu/instruction_set_avx2.cpp",

@@ -4,6 +4,9 @@
 namespace mnet::cpu {
 
 #if defined(__x86_64__)
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
 namespace avx512 {
 extern const Kernels kKernels;
 }
@@ -22,6 +25,7 @@ bool runs_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("fma");
 }
+bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
 // F16C came with Ivy Bridge, AVX2 and FMA a generation later: they imply it.
 bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
@@ -30,6 +34,7 @@ bool runs_always() { return true; }
 
 const InstructionSet kInstructionSets[] = {
 #if defined(__x86_64__)
+    {&avx512_bf16::kKernels, runs_avx512_bf16},
     {&avx512::kKernels, runs_avx512},
     {&avx2::kKernels, runs_avx2},
 #endif

@@ -108,10 +108,15 @@ MNET_INLINE VectorU16 f16_from_float(Vector<float> value) {
 }
 
 MNET_INLINE VectorU16 bf16_from_float(Vector<float> value) {
+#if defined(MNET_AVX512_BF16)
+  // One instruction instead of nine; it takes subnormal floats (below 1.2e-38) for zero.
+  return (VectorU16)_mm512_cvtneps_pbh((__m512)value);
+#else
   const VectorU32 bits = bit_cast<VectorU32>(value);
   const VectorU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const VectorU32 is_nan = (VectorU32)((bits & 0x7fffffffu) > 0x7f800000u);
   return narrow((is_nan & 0x7fc0u) | (~is_nan & rounded));
+#endif
 }
 
 // ---- whole vectors ------------------------------------------------------------------------------
