@@ -41,8 +41,6 @@ setup(
                 ("MNET_TORCH_VERSION", f'"{torch.__version__}"'),
             ],
             extra_compile_args=["-O2", "-g0", "-Wno-psabi"],
-            # Nothing of torch's Python binding is used: the stable ABI is all there is.
-            py_limited_api=False,
         )
     ],
     cmdclass={"build_ext": BuildExtension},

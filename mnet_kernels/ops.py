@@ -160,7 +160,7 @@ def conv_bn_act_packed(
 
     Returns:
         ``(N, out_channels, OH, OW)`` float32, channels_last. Long sums are taken in pieces of
-        256 products, which keeps the rounding error at that of native.
+        128 products, which keeps the rounding error at that of native.
 
     Raises:
         RuntimeError: an argument is wrong; the message names it, the expected and the actual.

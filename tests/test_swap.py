@@ -17,15 +17,6 @@ from mnet_kernels.nn import DepthwiseConvBNAct, FusedConv2d
 from mnet_kernels.swap import explain, restore, sites, swap
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are tiny here, and on a busy machine threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randomize(model, seed=0):
     """Statistics and affine parameters as after some training."""
     generator = torch.Generator().manual_seed(seed)

@@ -15,15 +15,6 @@ timm = pytest.importorskip("timm")
 models = torchvision.models
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are tiny here, and on a busy machine threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def ours(**options):
     return pytest.importorskip("mnet_kernels.models").mobilenet_v1(**options)
 

@@ -24,7 +24,8 @@ Element element_of(DType dtype) {
   }
 }
 
-constexpr int64_t kSecondLevelCache = int64_t{8} << 20;
+// Inputs from this size on come from beyond the second-level cache for certain.
+constexpr int64_t kPrefetchFrom = int64_t{8} << 20;
 
 // `t`'s values if they lie one after the other, else a copy of them; `fill` where t is None.
 template <typename Acc>
@@ -109,7 +110,7 @@ void run(DwconvCall& call, const Problem& p, const Tensor& weight,
   call.stream = layout == Layout::channels_last &&
                 stores_past_caches(call.y, p.N * p.OH * p.OW * p.K * size,
                                    p.N * p.H * p.W * p.C * size, p.K * size);
-  call.prefetch = p.N * p.H * p.W * p.C * size > kSecondLevelCache;
+  call.prefetch = p.N * p.H * p.W * p.C * size > kPrefetchFrom;
   const int64_t threads = torch::stable::get_num_threads();
   if (layout == Layout::channels_last) {
     const int64_t tasks = plan_channels_last(call, kernels.width, threads);

@@ -29,7 +29,7 @@ struct DwconvCall {
   Element element;
   Activation activation;
   double slope;
-  bool prefetch;  // x is larger than a second-level cache (channels_last)
+  bool prefetch;  // x is not in the caches near by (channels_last)
   bool stream;    // store past the caches (channels_last; every output vector is aligned)
   // How the work is cut into tasks (see plan_* in dwconv_bn_act.cpp).
   int64_t channel_chunk, channel_chunks;  // channels_last: a task is an output row of one chunk

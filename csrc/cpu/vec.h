@@ -143,15 +143,16 @@ MNET_INLINE void store(f16* p, Vector<float> v) {
 template <typename Elem>
 MNET_INLINE void stream(Elem* p, Vector<Accumulator<Elem>> v) {
 #if defined(MNET_AVX512) || defined(MNET_AVX2)
-  alignas(MNET_VECTOR_BYTES) Elem lanes[kWidth<Accumulator<Elem>>];
+  Elem lanes[kWidth<Accumulator<Elem>>];
   store(lanes, v);
-  if constexpr (sizeof(lanes) == 64)
-#if defined(MNET_AVX512)
-    _mm512_stream_si512((__m512i*)p, load_bits<__m512i>(lanes));
-#else
-    ;
 #endif
-  else if constexpr (sizeof(lanes) == 32)
+#if defined(MNET_AVX512)
+  if constexpr (sizeof(lanes) == 64)
+    _mm512_stream_si512((__m512i*)p, load_bits<__m512i>(lanes));
+  else
+    _mm256_stream_si256((__m256i*)p, load_bits<__m256i>(lanes));
+#elif defined(MNET_AVX2)
+  if constexpr (sizeof(lanes) == 32)
     _mm256_stream_si256((__m256i*)p, load_bits<__m256i>(lanes));
   else
     _mm_stream_si128((__m128i*)p, load_bits<__m128i>(lanes));
