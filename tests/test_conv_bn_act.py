@@ -72,7 +72,7 @@ def test_one_hot_inputs_find_every_index_error(instruction_set):
 
 
 def test_results_beyond_the_caches(instruction_set):
-    """Large enough for stores past the caches (a third-level cache of 32 MiB)."""
+    """Many blocks of pixels, prefetched one ahead."""
     x, weight, scale, shift = tensors((5, 32, 225, 226), 64, 1)
     y = ops.conv_bn_act(x, weight, scale, shift)
     check(x[-1:], weight, scale, shift, y[-1:], activation="relu")

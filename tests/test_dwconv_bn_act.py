@@ -230,7 +230,7 @@ def test_random_problems(data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_results_beyond_the_caches(instruction_set, dtype, stride):
-    """Large enough for prefetches and for stores past a third-level cache of 32 MiB."""
+    """Large enough for the kernel to prefetch."""
     images = (2 if dtype == torch.float32 else 4) * stride * stride
     p = problem((images, 64, 225, 226), dtype=dtype, channels_last=True, stride=stride, padding=1)
     y = p.run()

@@ -3,8 +3,6 @@
 #include <atomic>
 #include <stdexcept>
 
-#include <unistd.h>
-
 namespace mnet::cpu {
 namespace {
 
@@ -29,18 +27,6 @@ const Kernels& narrowed_kernels(int64_t channels) {
   int i = active().load(std::memory_order_relaxed);
   while (i + 1 < kInstructionSetCount && kInstructionSets[i].kernels->width > channels) ++i;
   return *kInstructionSets[i].kernels;
-}
-
-bool stores_past_caches(const void* y, int64_t bytes, int64_t read, int64_t pixel_bytes) {
-  static const int64_t cache = [] {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (size > 0) return static_cast<int64_t>(size);
-#endif
-    return int64_t{32} << 20;
-  }();
-  return bytes + read > cache && bytes > cache / 2 && pixel_bytes % 64 == 0 &&
-         reinterpret_cast<std::uintptr_t>(y) % 64 == 0;
 }
 
 std::vector<std::string> instruction_sets() {

@@ -112,8 +112,6 @@ Tensor conv_bn_act_packed(Tensor x, Tensor packed, std::optional<Tensor> scale,
   call.y = y.mutable_data_ptr();
   call.activation = p.activation;
   call.slope = p.slope;
-  call.stream =
-      stores_past_caches(call.y, p.N * p.OH * p.OW * p.K * 4, p.N * p.H * p.W * p.C * 4, p.K * 4);
   const int64_t tasks = plan(call, torch::stable::get_num_threads());
   const Kernels& kernels = active_kernels();
   const auto bytes =

@@ -107,9 +107,6 @@ void run(DwconvCall& call, const Problem& p, const Tensor& weight,
   // Vectors must not be wider than a pixel's channels.
   const Kernels& kernels = layout == Layout::contiguous ? active_kernels() : narrowed_kernels(p.K);
   const int64_t size = p.dtype == DType::float64 ? 8 : p.dtype == DType::float32 ? 4 : 2;
-  call.stream = layout == Layout::channels_last &&
-                stores_past_caches(call.y, p.N * p.OH * p.OW * p.K * size,
-                                   p.N * p.H * p.W * p.C * size, p.K * size);
   call.prefetch = p.N * p.H * p.W * p.C * size > kPrefetchFrom;
   const int64_t threads = torch::stable::get_num_threads();
   if (layout == Layout::channels_last) {

@@ -78,10 +78,7 @@ MNET_INLINE void dw_tile(const DwconvCall& call, const Elem* x, Elem* y, TileWin
       for (int t = 0; t < T; ++t) {
         const Vector<Acc> out = at_most<Acc>(at_least<Acc>(sum[r][t], clamp.low), clamp.high);
         Elem* to = y + (r * call.OW + t) * call.K + c;
-        if (call.stream)
-          stream(to, out);
-        else
-          store(to, out);
+        store(to, out);
       }
   }
 }
@@ -210,5 +207,4 @@ static void dw_channels_last(const DwconvCall& call, int64_t begin, int64_t end)
     rows(call, n, oh, oh_end, c, c_end);
     task += oh_end - oh;
   }
-  if (call.stream) stream_end();
 }

@@ -138,34 +138,6 @@ MNET_INLINE void store(f16* p, Vector<float> v) {
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
-// The same past the caches, for outputs larger than these: an ordinary store would first read the
-// line that it overwrites. `p` must be aligned to the bytes stored; finish with stream_end.
-template <typename Elem>
-MNET_INLINE void stream(Elem* p, Vector<Accumulator<Elem>> v) {
-#if defined(MNET_AVX512) || defined(MNET_AVX2)
-  Elem lanes[kWidth<Accumulator<Elem>>];
-  store(lanes, v);
-#endif
-#if defined(MNET_AVX512)
-  if constexpr (sizeof(lanes) == 64)
-    _mm512_stream_si512((__m512i*)p, load_bits<__m512i>(lanes));
-  else
-    _mm256_stream_si256((__m256i*)p, load_bits<__m256i>(lanes));
-#elif defined(MNET_AVX2)
-  if constexpr (sizeof(lanes) == 32)
-    _mm256_stream_si256((__m256i*)p, load_bits<__m256i>(lanes));
-  else
-    _mm_stream_si128((__m128i*)p, load_bits<__m128i>(lanes));
-#else
-  store(p, v);
-#endif
-}
-MNET_INLINE void stream_end() {
-#if defined(MNET_AVX512) || defined(MNET_AVX2)
-  _mm_sfence();
-#endif
-}
-
 // Asks for memory that is needed soon, into the second-level cache. Any address is harmless.
 MNET_INLINE void prefetch(const void* from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64)
