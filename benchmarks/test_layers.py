@@ -42,8 +42,7 @@ def _compare(measure, model, shape, batch, dtype):
     with torch.inference_mode():
         exact = copy.deepcopy(layer).double()(x.double())
     weight, (scale, shift) = layer[0].weight.detach(), fold(x.dtype, None, layer[1])
-    if dtype == "float32":
-        weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
     def ours(x):
         return lambda: ops.dwconv_bn_act(

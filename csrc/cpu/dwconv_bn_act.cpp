@@ -40,8 +40,8 @@ const Acc* per_channel(const std::optional<Tensor>& t, int64_t K, Acc fill,
   return memory.data();
 }
 
-// The weights as the kernels read them, [tap][channel] in the accumulator's type: as they are
-// where the caller laid them out so, else a copy.
+// The weights as the kernels read them, [tap][channel], in the accumulator's type or their own: as
+// they are where the caller laid them out so, else a copy.
 template <typename Elem, typename Acc>
 const Acc* by_tap_from(const Problem& p, const Tensor& weight, std::vector<Acc>& memory) {
   const auto* from = static_cast<const Elem*>(weight.const_data_ptr());
@@ -64,9 +64,14 @@ const Acc* by_tap_from(const Problem& p, const Tensor& weight, std::vector<Acc>&
 }
 
 template <typename Acc>
-const Acc* by_tap(const Problem& p, const Tensor& weight, std::vector<Acc>& memory) {
+const void* by_tap(const Problem& p, const Tensor& weight, bool keep_type,
+                   std::vector<Acc>& memory) {
+  using torch::headeronly::BFloat16;
+  thread_local std::vector<BFloat16> kept_memory;
   switch (p.dtype) {
-    case DType::bfloat16: return by_tap_from<torch::headeronly::BFloat16>(p, weight, memory);
+    case DType::bfloat16:
+      return keep_type ? static_cast<const void*>(by_tap_from<BFloat16>(p, weight, kept_memory))
+                       : by_tap_from<BFloat16>(p, weight, memory);
     case DType::float16: return by_tap_from<torch::headeronly::Half>(p, weight, memory);
     default: return by_tap_from<Acc>(p, weight, memory);
   }
@@ -76,11 +81,12 @@ const Acc* by_tap(const Problem& p, const Tensor& weight, std::vector<Acc>& memo
 // where there are not enough rows: threads that share a pixel's lines take them from one another
 // (a processor prefetches past the end of a chunk), which costs more than an uneven share.
 int64_t plan_channels_last(DwconvCall& call, int64_t width, int64_t threads) {
-  const int64_t rows = call.N * call.OH;
-  const bool cut = threads > 1 && rows < 2 * threads && call.K >= 2 * threads * width;
+  const int64_t rows = call.N * call.OH, block = 2 * width;  // the widest that kernels work on
+  const bool cut = threads > 1 && rows < 2 * threads && call.K >= threads * block;
   const int64_t chunks = cut ? threads : 1;
-  call.channel_chunk = (call.K + chunks * width - 1) / (chunks * width) * width;
-  call.channel_chunks = (call.K + call.channel_chunk - 1) / call.channel_chunk;
+  call.channel_chunk = (call.K + chunks * block - 1) / (chunks * block) * block;
+  call.channel_chunks =
+      std::max<int64_t>(1, call.K / call.channel_chunk);  // the last takes the rest
   return rows * call.channel_chunks;
 }
 
@@ -100,12 +106,13 @@ template <typename Acc>
 void run(DwconvCall& call, const Problem& p, const Tensor& weight,
          const std::optional<Tensor>& scale, const std::optional<Tensor>& shift, Layout layout) {
   thread_local std::vector<Acc> weight_memory, scale_memory, shift_memory;
-  call.weight = by_tap<Acc>(p, weight, weight_memory);
+  // Vectors must not be wider than a pixel's channels.
+  const Kernels& kernels = layout == Layout::contiguous ? active_kernels() : narrowed_kernels(p.K);
+  const bool keep_type = layout == Layout::channels_last && kernels.dwconv_keeps_weight(call);
+  call.weight = by_tap<Acc>(p, weight, keep_type, weight_memory);
   call.scale = per_channel<Acc>(scale, p.K, Acc(1), scale_memory);
   call.shift = per_channel<Acc>(shift, p.K, Acc(0), shift_memory);
 
-  // Vectors must not be wider than a pixel's channels.
-  const Kernels& kernels = layout == Layout::contiguous ? active_kernels() : narrowed_kernels(p.K);
   const int64_t size = p.dtype == DType::float64 ? 8 : p.dtype == DType::float32 ? 4 : 2;
   call.prefetch = p.N * p.H * p.W * p.C * size > kPrefetchFrom;
   const int64_t threads = torch::stable::get_num_threads();

@@ -1,17 +1,13 @@
-// Depthwise convolution, channels_last: vectors run over channels.
+// Depthwise convolution, channels_last: vectors run over channels. 3x3 has a file of its own.
 //
-// A tile of R x T output pixels is accumulated in registers for one vector of channels, then for
-// the next vector, so memory is walked along its innermost dimension in (R-1)*S+K input streams
+// A tile of T output pixels of a row is accumulated in registers for one vector of channels, then
+// for the next vector, so memory is walked along its innermost dimension in (T-1)*S+K input streams
 // of pixels. An input pixel is loaded once a tile and used by every output pixel it reaches.
 // Included once per instruction set (see instruction_set.inc).
 
-// Registers must hold the accumulators and one row of input pixels. Two output rows share their
-// input rows only for 3x3: a larger kernel does enough with each load as it is, and its taps' rows
-// then run in a loop instead of unrolled code.
-template <int K>
-constexpr int kTileRows = K == 3 ? 2 : 1;
-template <int K, int S>
-constexpr int kTileColumns = kRegisters >= 32 ? (S == 1 || K == 3 ? 7 : 4) : (S == 1 ? 4 : 3);
+// Registers must hold the accumulators and one row of input pixels.
+template <int S>
+constexpr int kTileColumns = kRegisters >= 32 ? (S == 1 ? 7 : 4) : (S == 1 ? 4 : 3);
 
 // Where a tile's inputs lie, and which of them are inside the image.
 struct TileWindow {
@@ -19,12 +15,12 @@ struct TileWindow {
   int column_begin, column_end;  // likewise columns
 };
 
-template <typename Elem, int K, int S, int R, int T, bool Interior>
+template <typename Elem, int K, int S, int T, bool Interior>
 MNET_INLINE void dw_tile(const DwconvCall& call, const Elem* x, Elem* y, TileWindow window,
                          int64_t c_begin, int64_t c_end) {
   using Acc = Accumulator<Elem>;
   constexpr int V = kWidth<Acc>;
-  constexpr int kRows = (R - 1) * S + K, kColumns = (T - 1) * S + K;
+  constexpr int kColumns = (T - 1) * S + K;
   const int64_t pixel = call.C, row = call.W * call.C;
   const auto* weight = static_cast<const Acc*>(call.weight);
   const auto* scale = static_cast<const Acc*>(call.scale);
@@ -33,67 +29,42 @@ MNET_INLINE void dw_tile(const DwconvCall& call, const Elem* x, Elem* y, TileWin
   for (int64_t next = c_begin; next < c_end; next += V) {
     // The last vector is moved back to end at c_end: some channels are computed twice.
     const int64_t c = next + V <= c_end ? next : c_end - V;
-    Vector<Acc> sum[R][T] = {};
-    auto input_row = [&](int i, auto&& add_row) __attribute__((always_inline)) {
-      if (!Interior && (i < window.row_begin || i >= window.row_end)) return;
+    Vector<Acc> sum[T] = {};
+    for (int kh = 0; kh < K; ++kh) {
+      if (!Interior && (kh < window.row_begin || kh >= window.row_end)) continue;
       Vector<Acc> in[kColumns];
 #pragma GCC unroll 32
       for (int j = 0; j < kColumns; ++j)
         in[j] = Interior || (j >= window.column_begin && j < window.column_end)
-                    ? load(x + i * row + j * pixel + c)
+                    ? load(x + kh * row + j * pixel + c)
                     : Vector<Acc>{};
-      add_row(in);
-    };
-    auto add_taps = [&](const Vector<Acc>* in, int kh, Vector<Acc>* to)
-                        __attribute__((always_inline)) {
 #pragma GCC unroll 16
-                          for (int kw = 0; kw < K; ++kw) {
-                            const Vector<Acc> w = load(weight + (kh * K + kw) * call.K + c);
+      for (int kw = 0; kw < K; ++kw) {
+        const Vector<Acc> w = load(weight + (kh * K + kw) * call.K + c);
 #pragma GCC unroll 16
-                            for (int t = 0; t < T; ++t) to[t] += in[t * S + kw] * w;
-                          }
-                        };
-    if constexpr (R == 1) {
-      for (int i = 0; i < K; ++i)
-        input_row(i, [&](const Vector<Acc>* in)
-                         __attribute__((always_inline)) { add_taps(in, i, sum[0]); });
-    } else {
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i)
-        input_row(i, [&](const Vector<Acc>* in) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r)
-            if (i - r * S >= 0 && i - r * S < K) add_taps(in, i - r * S, sum[r]);
-        });
+        for (int t = 0; t < T; ++t) sum[t] += in[t * S + kw] * w;
+      }
     }
     const Vector<Acc> factor = load(scale + c), offset = load(shift + c);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) sum[t] = sum[t] * factor + offset;
+    if (!clamp.exact) activate_registers<Acc, T>(call, sum);
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) sum[r][t] = sum[r][t] * factor + offset;
-    if (!clamp.exact) activate_registers<Acc, R * T>(call, &sum[0][0]);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) {
-        const Vector<Acc> out = at_most<Acc>(at_least<Acc>(sum[r][t], clamp.low), clamp.high);
-        Elem* to = y + (r * call.OW + t) * call.K + c;
-        store(to, out);
-      }
+    for (int t = 0; t < T; ++t)
+      store(y + t * call.K + c, at_most<Acc>(at_least<Acc>(sum[t], clamp.low), clamp.high));
   }
 }
 
-// R output rows from oh on, all columns, channels [c_begin, c_end) of image n.
-template <typename Elem, int K, int S, int R>
-static void dw_rows(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_begin, int64_t c_end) {
-  constexpr int T = kTileColumns<K, S>;
-  constexpr int kRows = (R - 1) * S + K;
+// Output row oh, all columns, channels [c_begin, c_end) of image n.
+template <typename Elem, int K, int S>
+static void dw_row(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_begin, int64_t c_end) {
+  constexpr int T = kTileColumns<S>;
   const int64_t ih = oh * S - call.top;
   const auto* x = static_cast<const Elem*>(call.x) + (n * call.H + ih) * call.W * call.C;
   auto* y = static_cast<Elem*>(call.y) + (n * call.OH + oh) * call.OW * call.K;
   TileWindow window;
-  window.row_begin = ih < 0 ? static_cast<int>(-ih < kRows ? -ih : kRows) : 0;
-  window.row_end = call.H - ih < kRows ? static_cast<int>(call.H - ih) : kRows;
+  window.row_begin = ih < 0 ? static_cast<int>(-ih < K ? -ih : K) : 0;
+  window.row_end = call.H - ih < K ? static_cast<int>(call.H - ih) : K;
 
   auto tile = [&](auto columns, int64_t ow) __attribute__((always_inline)) {
     constexpr int kTile = decltype(columns)::value;
@@ -103,19 +74,18 @@ static void dw_rows(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_beg
     window.column_end = call.W - iw < kColumns ? static_cast<int>(call.W - iw) : kColumns;
     const Elem* from = x + iw * call.C;
     Elem* to = y + ow * call.K;
-    // The rows that the next R output rows read for the first time, below this tile: too many
+    // The rows that the next output row reads for the first time, below this tile: too many
     // streams for the processor to foresee.
     if (call.prefetch && c_begin == 0)
-      for (int r = 0; r < R * S; ++r)
-        prefetch(from + (kRows + r) * call.W * call.C,
+      for (int r = 0; r < S; ++r)
+        prefetch(from + (K + r) * call.W * call.C,
                  kTile * S * call.C * static_cast<int64_t>(sizeof(Elem)));
-    if constexpr (kTile == T && R == kTileRows<K>) {
-      const bool interior = window.row_begin == 0 && window.row_end == kRows &&
+    if constexpr (kTile == T) {
+      const bool interior = window.row_begin == 0 && window.row_end == K &&
                             window.column_begin == 0 && window.column_end == kColumns;
-      if (interior)
-        return dw_tile<Elem, K, S, R, kTile, true>(call, from, to, window, c_begin, c_end);
+      if (interior) return dw_tile<Elem, K, S, kTile, true>(call, from, to, window, c_begin, c_end);
     }
-    dw_tile<Elem, K, S, R, kTile, false>(call, from, to, window, c_begin, c_end);
+    dw_tile<Elem, K, S, kTile, false>(call, from, to, window, c_begin, c_end);
   };
 
   int64_t ow = 0;
@@ -128,12 +98,9 @@ static void dw_rows(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_beg
 }
 
 template <typename Elem, int K, int S>
-static void dw_fast(const DwconvCall& call, int64_t n, int64_t oh, int64_t oh_end, int64_t c_begin,
+static void dw_rows(const DwconvCall& call, int64_t n, int64_t oh, int64_t oh_end, int64_t c_begin,
                     int64_t c_end) {
-  constexpr int R = kTileRows<K>;
-  for (; oh + R <= oh_end; oh += R) dw_rows<Elem, K, S, R>(call, n, oh, c_begin, c_end);
-  if constexpr (R > 1)
-    if (oh < oh_end) dw_rows<Elem, K, S, 1>(call, n, oh, c_begin, c_end);
+  for (; oh < oh_end; ++oh) dw_row<Elem, K, S>(call, n, oh, c_begin, c_end);
 }
 
 // Any kernel, stride, dilation and multiplier, any number of channels; one output pixel at a time.
@@ -186,15 +153,13 @@ static void dw_general(const DwconvCall& call, int64_t n, int64_t oh_begin, int6
 
 template <typename Elem>
 static void dw_channels_last(const DwconvCall& call, int64_t begin, int64_t end) {
-  using Rows = void (*)(const DwconvCall&, int64_t, int64_t, int64_t, int64_t, int64_t);
-  Rows rows = dw_general<Elem>;
-  const bool square = call.KH == call.KW && call.SH == call.SW && call.DH == 1 && call.DW == 1;
+  DwRows rows = dw_general<Elem>;
   if constexpr (sizeof(Elem) <= 4)  // float64 is for references, not for speed
-    if (square && call.multiplier == 1 && call.C >= kWidth<float> && call.SH <= 2) {
+    if (is_fast(call) && call.C >= kWidth<float>) {
       const bool one = call.SH == 1;
-      if (call.KH == 3) rows = one ? dw_fast<Elem, 3, 1> : dw_fast<Elem, 3, 2>;
-      if (call.KH == 5) rows = one ? dw_fast<Elem, 5, 1> : dw_fast<Elem, 5, 2>;
-      if (call.KH == 7) rows = one ? dw_fast<Elem, 7, 1> : dw_fast<Elem, 7, 2>;
+      if (call.KH == 3) rows = dw3_rows_for<Elem>(call);
+      if (call.KH == 5) rows = one ? dw_rows<Elem, 5, 1> : dw_rows<Elem, 5, 2>;
+      if (call.KH == 7) rows = one ? dw_rows<Elem, 7, 1> : dw_rows<Elem, 7, 2>;
     }
   // Runs of rows of one image and one chunk of channels.
   const int64_t image_rows = call.N * call.OH;
@@ -203,7 +168,7 @@ static void dw_channels_last(const DwconvCall& call, int64_t begin, int64_t end)
     const int64_t n = row / call.OH, oh = row % call.OH;
     const int64_t oh_end = call.OH - oh < end - task ? call.OH : oh + end - task;
     const int64_t c = chunk * call.channel_chunk;
-    const int64_t c_end = c + call.channel_chunk < call.K ? c + call.channel_chunk : call.K;
+    const int64_t c_end = chunk + 1 < call.channel_chunks ? c + call.channel_chunk : call.K;
     rows(call, n, oh, oh_end, c, c_end);
     task += oh_end - oh;
   }

@@ -12,9 +12,9 @@ namespace mnet::cpu {
 // Element types as the kernels see them; bf16 and f16 travel as bit patterns.
 enum class Element { f32, f64, bf16, f16 };
 
-// One depthwise call on dense tensors. Accumulation is in float (double for f64): `weight`, laid
-// out [tap][channel], `scale` and `shift` are of that type. The scale is applied to the sum, not
-// folded into the weights: that would round every tap once more.
+// One depthwise call on dense tensors. Accumulation is in float (double for f64): `scale`, `shift`
+// and `weight`, laid out [tap][channel], are of that type (but see dwconv_keeps_weight). The scale
+// is applied to the sum, not folded into the weights: that would round every tap once more.
 struct DwconvCall {
   int64_t N, C, H, W;
   int64_t K, OH, OW;  // K = C * multiplier output channels
@@ -63,6 +63,8 @@ struct Kernels {
   // Tasks [begin, end) of the call.
   void (*dwconv_channels_last)(const DwconvCall&, int64_t begin, int64_t end);
   void (*dwconv_contiguous)(const DwconvCall&, int64_t begin, int64_t end, void* scratch);
+  // Whether dwconv_channels_last reads this call's weight in x's own type.
+  bool (*dwconv_keeps_weight)(const DwconvCall&);
   // Elements of scratch, of the accumulation type, that a thread of dwconv_contiguous needs.
   int64_t (*dwconv_contiguous_scratch)(const DwconvCall&);
   void (*conv_channels_last)(const ConvCall&, int64_t begin, int64_t end, void* scratch);

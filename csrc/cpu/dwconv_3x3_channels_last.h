@@ -1,0 +1,270 @@
+// Depthwise 3x3, stride 1 or 2, channels_last: where MobileNets spend their depthwise time.
+//
+// One block of channels walks along R output rows at once. Every input pixel of the R*S+2 rows is
+// loaded once, and added to the (at most three) output columns it reaches; these live in registers
+// until their last column has come. The nine weights stay in registers for the whole walk.
+// Included once per instruction set (see instruction_set.inc).
+
+// Output rows [oh, oh_end) of image n, channels [c_begin, c_end).
+using DwRows = void (*)(const DwconvCall&, int64_t n, int64_t oh, int64_t oh_end, int64_t c_begin,
+                        int64_t c_end);
+
+// Square kernels with stride 1 or 2, no dilation, one output a channel.
+MNET_INLINE bool is_fast(const DwconvCall& call) {
+  return call.KH == call.KW && call.SH == call.SW && call.SH <= 2 && call.DH == 1 && call.DW == 1 &&
+         call.multiplier == 1;
+}
+
+// Rows above and below the image: a pixel of zeros that every step stays on.
+alignas(64) static constexpr unsigned char kZeroPixel[64] = {};
+
+// What a walk needs to know of a block's channels, one multiplication and one addition a tap.
+template <typename Elem>
+struct FmaTaps {
+  static constexpr int kChannels = kWidth<float>;
+  using Sum = Vector<float>;
+  template <int R, int S>
+  struct Column {
+    Vector<float> row[(R - 1) * S + 3];
+    inline __attribute__((always_inline)) explicit Column(const Elem* const* from) {
+#pragma GCC unroll 8
+      for (int i = 0; i < (R - 1) * S + 3; ++i) row[i] = load(from[i]);
+    }
+  };
+
+  Vector<float> weight[3][3], scale, shift;
+
+  inline __attribute__((always_inline)) FmaTaps(const DwconvCall& call, int64_t c)
+      : scale(load(static_cast<const float*>(call.scale) + c)),
+        shift(load(static_cast<const float*>(call.shift) + c)) {
+#pragma GCC unroll 9
+    for (int tap = 0; tap < 9; ++tap)
+      weight[tap / 3][tap % 3] = load(static_cast<const float*>(call.weight) + tap * call.K + c);
+  }
+
+  // Output row r's share of one input column.
+  template <int R, int S>
+  inline __attribute__((always_inline)) void add(Sum& sum, const Column<R, S>& in, int r,
+                                                 int kw) const {
+#pragma GCC unroll 3
+    for (int kh = 0; kh < 3; ++kh) sum += in.row[r * S + kh] * weight[kh][kw];
+  }
+
+  template <bool Clamped>
+  inline __attribute__((always_inline)) void finish(const DwconvCall& call, Clamp<float> clamp,
+                                                    Elem* y, Sum sum) const {
+    sum = sum * scale + shift;
+    if (!Clamped) sum = activate<float>(call.activation, static_cast<float>(call.slope), sum);
+    if (Clamped) sum = at_most<float>(at_least<float>(sum, clamp.low), clamp.high);
+    store(y, sum);
+  }
+};
+
+#if defined(MNET_AVX512_BF16)
+// The same in bfloat16 by dot products of pairs: rows 0 and 1 of a window interleaved, then row 2
+// with zeros. Two thirds of the multiplications, and half of the conversions, which are a
+// by-product of interleaving. Products are exact and accumulated in float. Interleaving works
+// within quarters of a register, so that `low` holds channels 0-3, 8-11, 16-19, 24-27 of a block
+// and `high` the rest.
+struct DotTaps {
+  static constexpr int kChannels = 2 * kWidth<float>;
+  struct Sum {
+    Vector<float> low, high;
+  };
+  struct Pairs {
+    __m512i low, high;
+    Pairs() = default;
+    inline __attribute__((always_inline)) Pairs(__m512i first, __m512i second)
+        : low(_mm512_unpacklo_epi16(first, second)), high(_mm512_unpackhi_epi16(first, second)) {}
+  };
+  template <int R, int S>
+  struct Column {
+    Pairs upper[R], lower[R];  // rows 0 and 1 of output row r's window; row 2
+    inline __attribute__((always_inline)) explicit Column(const bf16* const* from) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        upper[r] = Pairs(_mm512_loadu_si512(from[r * S]), _mm512_loadu_si512(from[r * S + 1]));
+        lower[r] = Pairs(_mm512_loadu_si512(from[r * S + 2]), __m512i{});
+      }
+    }
+  };
+
+  Pairs upper[3], lower[3];
+  Sum scale, shift;
+
+  inline __attribute__((always_inline)) static Sum split(const void* per_channel, int64_t c) {
+    const auto* from = static_cast<const float*>(per_channel) + c;
+    const __m512 first = (__m512)load(from), second = (__m512)load(from + kWidth<float>);
+    return {(Vector<float>)_mm512_maskz_shuffle_f32x4(0xffff, first, second, 0x88),
+            (Vector<float>)_mm512_maskz_shuffle_f32x4(0xffff, first, second, 0xdd)};
+  }
+  inline __attribute__((always_inline)) DotTaps(const DwconvCall& call, int64_t c)
+      : scale(split(call.scale, c)), shift(split(call.shift, c)) {
+    const auto* weight = static_cast<const bf16*>(call.weight) + c;
+#pragma GCC unroll 3
+    for (int kw = 0; kw < 3; ++kw) {
+      auto tap = [&](int kh) { return _mm512_loadu_si512(weight + (kh * 3 + kw) * call.K); };
+      upper[kw] = Pairs(tap(0), tap(1));
+      lower[kw] = Pairs(tap(2), __m512i{});
+    }
+  }
+
+  inline __attribute__((always_inline)) static void add_pairs(Sum& sum, const Pairs& in,
+                                                              const Pairs& w) {
+    sum.low = (Vector<float>)_mm512_dpbf16_ps((__m512)sum.low, (__m512bh)in.low, (__m512bh)w.low);
+    sum.high =
+        (Vector<float>)_mm512_dpbf16_ps((__m512)sum.high, (__m512bh)in.high, (__m512bh)w.high);
+  }
+  template <int R, int S>
+  inline __attribute__((always_inline)) void add(Sum& sum, const Column<R, S>& in, int r,
+                                                 int kw) const {
+    add_pairs(sum, in.upper[r], upper[kw]);
+    add_pairs(sum, in.lower[r], lower[kw]);
+  }
+
+  template <bool Clamped>
+  inline __attribute__((always_inline)) void finish(const DwconvCall& call, Clamp<float> clamp,
+                                                    bf16* y, Sum sum) const {
+    auto act = [&](Vector<float> z) {
+      if (!Clamped) return activate<float>(call.activation, static_cast<float>(call.slope), z);
+      return at_most<float>(at_least<float>(z, clamp.low), clamp.high);
+    };
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)act(sum.high * scale.high + shift.high),
+                                              (__m512)act(sum.low * scale.low + shift.low));
+    // Quarters of `low` and `high` in turn: the channels in order.
+    const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    _mm512_storeu_si512(y, _mm512_maskz_permutexvar_epi64(0xff, order, (__m512i)both));
+  }
+};
+#endif
+
+// A load waits for an earlier store to the same offset in a page of 4 KB, in the belief that it
+// might be the same address. Where pixels lie a multiple of 2 KB apart and x and y begin at the
+// same offset, every load would: the results of a walk are then gathered before they are stored.
+constexpr int64_t kStageColumns = 32;
+MNET_INLINE bool stores_stall_loads(const DwconvCall& call, int64_t size) {
+  const auto offset =
+      reinterpret_cast<std::uintptr_t>(call.y) - reinterpret_cast<std::uintptr_t>(call.x);
+  return call.K * size % 2048 == 0 && (offset + 64) % 2048 < 128;
+}
+
+// R output rows from oh on, all columns, one block of channels from c on.
+template <typename Taps, typename Elem, int S, int R, bool Clamped>
+static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c, bool fetch) {
+  constexpr int kRows = (R - 1) * S + 3;
+  const Taps taps(call, c);
+  const Clamp<float> clamp = clamp_of<float>(call.activation);
+  const int64_t ih = oh * S - call.top, row = call.W * call.C;
+  const auto* image = static_cast<const Elem*>(call.x) + n * call.H * row + c;
+  const Elem* from[kRows];
+  int64_t step[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    const bool inside = ih + i >= 0 && ih + i < call.H;
+    from[i] = inside ? image + (ih + i) * row : reinterpret_cast<const Elem*>(kZeroPixel);
+    step[i] = inside ? call.C : 0;
+  }
+  Elem* y = static_cast<Elem*>(call.y) + (n * call.OH + oh) * call.OW * call.K + c;
+  alignas(64) Elem stage[R * kStageColumns * Taps::kChannels];
+  const bool staged = call.OW <= kStageColumns && stores_stall_loads(call, sizeof(Elem));
+  Elem* to = staged ? stage : y;
+  const int64_t pixel = staged ? Taps::kChannels : call.K;
+
+  using Sum = typename Taps::Sum;
+  Sum begun[R] = {}, half[R] = {};  // outputs that lack two columns, and one
+  const int64_t end = (call.OW - 1) * S + 3 - call.left;
+  auto column = [&](int64_t iw, auto odd) __attribute__((always_inline)) {
+    constexpr bool kOdd = decltype(odd)::value;  // stride 2: the middle column of one output
+    Sum done[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      if (S == 1) done[r] = half[r], half[r] = begun[r], begun[r] = Sum{};
+      if (S == 2 && !kOdd) done[r] = half[r], half[r] = Sum{};
+    }
+    if (fetch)  // the rows below, which the next R output rows read for the first time
+      for (int r = 0; r < R * S; ++r)
+        prefetch(image + (ih + kRows + r) * row + iw * call.C,
+                 call.C * static_cast<int64_t>(sizeof(Elem)));
+    if (iw >= 0 && iw < call.W) {
+      const typename Taps::template Column<R, S> in(from);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) from[i] += step[i];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        if (S == 1) {
+          taps.template add<R, S>(done[r], in, r, 2);
+          taps.template add<R, S>(half[r], in, r, 1);
+          taps.template add<R, S>(begun[r], in, r, 0);
+        } else if (kOdd) {
+          taps.template add<R, S>(half[r], in, r, 1);
+        } else {
+          taps.template add<R, S>(done[r], in, r, 2);
+          taps.template add<R, S>(half[r], in, r, 0);
+        }
+      }
+    }
+    if (S == 2 && kOdd) return;
+    const int64_t ow = (iw + call.left - 2) / S;
+    if (iw + call.left < 2) return;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+      taps.template finish<Clamped>(call, clamp, to + (r * call.OW + ow) * pixel, done[r]);
+  };
+  if (S == 1) {
+    for (int64_t iw = -call.left; iw < end; ++iw) column(iw, Constant<false>{});
+  } else {
+    for (int64_t iw = -call.left; iw < end - 1; iw += 2) {
+      column(iw, Constant<false>{});
+      column(iw + 1, Constant<true>{});
+    }
+    column(end - 1, Constant<false>{});
+  }
+  if (staged)
+    for (int64_t i = 0; i < R * call.OW; ++i)
+      __builtin_memcpy(y + i * call.K, stage + i * Taps::kChannels, Taps::kChannels * sizeof(Elem));
+}
+
+template <typename Taps, typename Elem, int S>
+static void dw3_rows(const DwconvCall& call, int64_t n, int64_t oh, int64_t oh_end, int64_t c_begin,
+                     int64_t c_end) {
+  const bool clamped = clamp_of<float>(call.activation).exact;
+  auto walk = [&](auto rows) __attribute__((always_inline)) {
+    constexpr int R = decltype(rows)::value;
+    for (int64_t next = c_begin; next < c_end; next += Taps::kChannels) {
+      // The last block is moved back to end at c_end: some channels are computed twice.
+      const int64_t c = next + Taps::kChannels <= c_end ? next : c_end - Taps::kChannels;
+      const bool fetch = call.prefetch && next == 0;
+      if (clamped)
+        dw3_walk<Taps, Elem, S, R, true>(call, n, oh, c, fetch);
+      else
+        dw3_walk<Taps, Elem, S, R, false>(call, n, oh, c, fetch);
+    }
+  };
+  constexpr int R = 2;
+  for (; oh + R <= oh_end; oh += R) walk(Constant<R>{});
+  for (; oh < oh_end; ++oh) walk(Constant<1>{});
+}
+
+template <typename Elem>
+static DwRows dw3_rows_for(const DwconvCall& call) {
+  return call.SH == 1 ? dw3_rows<FmaTaps<Elem>, Elem, 1> : dw3_rows<FmaTaps<Elem>, Elem, 2>;
+}
+
+// Whether the kernel reads the weight in x's own type instead of the accumulator's.
+static bool dwconv_keeps_weight(const DwconvCall& call) {
+#if defined(MNET_AVX512_BF16)
+  return call.element == Element::bf16 && is_fast(call) && call.KH == 3 &&
+         call.C >= DotTaps::kChannels;
+#else
+  (void)call;
+  return false;
+#endif
+}
+
+#if defined(MNET_AVX512_BF16)
+template <>
+DwRows dw3_rows_for<bf16>(const DwconvCall& call) {
+  if (dwconv_keeps_weight(call))
+    return call.SH == 1 ? dw3_rows<DotTaps, bf16, 1> : dw3_rows<DotTaps, bf16, 2>;
+  return call.SH == 1 ? dw3_rows<FmaTaps<bf16>, bf16, 1> : dw3_rows<FmaTaps<bf16>, bf16, 2>;
+}
+#endif
