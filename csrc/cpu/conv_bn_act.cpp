@@ -7,7 +7,7 @@
 #include "../tensor.h"
 #include "active.h"
 #include "kernels.h"
-#include "scratch.h"
+#include "memory.h"
 
 namespace mnet::cpu {
 namespace {
@@ -110,6 +110,7 @@ Tensor conv_bn_act_packed(Tensor x, Tensor packed, std::optional<Tensor> scale,
   call.scale = per_panel(scale, p.K, 1.0f, scale_memory);
   call.shift = per_panel(shift, p.K, 0.0f, shift_memory);
   call.y = y.mutable_data_ptr();
+  call.stream = may_stream(call.y, p, sizeof(float));
   call.activation = p.activation;
   call.slope = p.slope;
   const int64_t tasks = plan(call, torch::stable::get_num_threads());

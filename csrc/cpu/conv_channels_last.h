@@ -64,6 +64,8 @@ MNET_INLINE void conv_tile(const ConvCall& call, const float* patches, int64_t p
       const Vector<float> out = at_most<float>(at_least<float>(sum[p][v], clamp.low), clamp.high);
       if (v == Vectors - 1 && lanes_in_last < V)
         store_first(y + p * call.K + v * V, out, lanes_in_last);
+      else if (kStreams && call.stream)
+        stream(y + p * call.K + v * V, out);
       else
         store(y + p * call.K + v * V, out);
     }
@@ -173,6 +175,7 @@ static void conv_channels_last(const ConvCall& call, int64_t begin, int64_t end,
       }
     }
   }
+  if (call.stream) drain_streams();
 }
 
 static int64_t conv_channels_last_scratch(const ConvCall& call) {

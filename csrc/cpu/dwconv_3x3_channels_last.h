@@ -56,6 +56,8 @@ struct FmaTaps {
     sum = sum * scale + shift;
     if (!Clamped) sum = activate<float>(call.activation, static_cast<float>(call.slope), sum);
     if (Clamped) sum = at_most<float>(at_least<float>(sum, clamp.low), clamp.high);
+    if constexpr (sizeof(Elem) == 4)
+      if (call.stream) return stream(y, sum);
     store(y, sum);
   }
 };
@@ -133,7 +135,9 @@ struct DotTaps {
                                               (__m512)act(sum.low * scale.low + shift.low));
     // Quarters of `low` and `high` in turn: the channels in order.
     const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
-    _mm512_storeu_si512(y, _mm512_maskz_permutexvar_epi64(0xff, order, (__m512i)both));
+    const __m512i out = _mm512_maskz_permutexvar_epi64(0xff, order, (__m512i)both);
+    if (call.stream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(y), out);
+    _mm512_storeu_si512(y, out);
   }
 };
 #endif
@@ -145,12 +149,12 @@ constexpr int64_t kStageColumns = 32;
 MNET_INLINE bool stores_stall_loads(const DwconvCall& call, int64_t size) {
   const auto offset =
       reinterpret_cast<std::uintptr_t>(call.y) - reinterpret_cast<std::uintptr_t>(call.x);
-  return call.K * size % 2048 == 0 && (offset + 64) % 2048 < 128;
+  return !call.stream && call.K * size % 2048 == 0 && (offset + 64) % 2048 < 128;
 }
 
 // R output rows from oh on, all columns, one block of channels from c on.
 template <typename Taps, typename Elem, int S, int R, bool Clamped>
-static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c, bool fetch) {
+static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c) {
   constexpr int kRows = (R - 1) * S + 3;
   const Taps taps(call, c);
   const Clamp<float> clamp = clamp_of<float>(call.activation);
@@ -180,10 +184,9 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c, b
       if (S == 1) done[r] = half[r], half[r] = begun[r], begun[r] = Sum{};
       if (S == 2 && !kOdd) done[r] = half[r], half[r] = Sum{};
     }
-    if (fetch)  // the rows below, which the next R output rows read for the first time
+    if (call.prefetch)  // the rows below, which the next R output rows read for the first time
       for (int r = 0; r < R * S; ++r)
-        prefetch(image + (ih + kRows + r) * row + iw * call.C,
-                 call.C * static_cast<int64_t>(sizeof(Elem)));
+        __builtin_prefetch(image + (ih + kRows + r) * row + iw * call.C, 0, 2);
     if (iw >= 0 && iw < call.W) {
       const typename Taps::template Column<R, S> in(from);
 #pragma GCC unroll 8
@@ -232,16 +235,16 @@ static void dw3_rows(const DwconvCall& call, int64_t n, int64_t oh, int64_t oh_e
     for (int64_t next = c_begin; next < c_end; next += Taps::kChannels) {
       // The last block is moved back to end at c_end: some channels are computed twice.
       const int64_t c = next + Taps::kChannels <= c_end ? next : c_end - Taps::kChannels;
-      const bool fetch = call.prefetch && next == 0;
       if (clamped)
-        dw3_walk<Taps, Elem, S, R, true>(call, n, oh, c, fetch);
+        dw3_walk<Taps, Elem, S, R, true>(call, n, oh, c);
       else
-        dw3_walk<Taps, Elem, S, R, false>(call, n, oh, c, fetch);
+        dw3_walk<Taps, Elem, S, R, false>(call, n, oh, c);
     }
   };
   constexpr int R = 2;
   for (; oh + R <= oh_end; oh += R) walk(Constant<R>{});
   for (; oh < oh_end; ++oh) walk(Constant<1>{});
+  if (call.stream) drain_streams();
 }
 
 template <typename Elem>

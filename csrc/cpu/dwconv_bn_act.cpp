@@ -10,7 +10,7 @@
 #include "../tensor.h"
 #include "active.h"
 #include "kernels.h"
-#include "scratch.h"
+#include "memory.h"
 
 namespace mnet::cpu {
 namespace {
@@ -115,6 +115,7 @@ void run(DwconvCall& call, const Problem& p, const Tensor& weight,
 
   const int64_t size = p.dtype == DType::float64 ? 8 : p.dtype == DType::float32 ? 4 : 2;
   call.prefetch = p.N * p.H * p.W * p.C * size > kPrefetchFrom;
+  call.stream = layout == Layout::channels_last && may_stream(call.y, p, size);
   const int64_t threads = torch::stable::get_num_threads();
   if (layout == Layout::channels_last) {
     const int64_t tasks = plan_channels_last(call, kernels.width, threads);

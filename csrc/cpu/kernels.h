@@ -30,6 +30,7 @@ struct DwconvCall {
   Activation activation;
   double slope;
   bool prefetch;  // x is not in the caches near by (channels_last)
+  bool stream;    // y may bypass the caches (channels_last, whole aligned lines)
   // How the work is cut into tasks (see plan_* in dwconv_bn_act.cpp).
   int64_t channel_chunk, channel_chunks;  // channels_last: a task is an output row of one chunk
   int64_t rows_per_task, row_tasks;       // contiguous: a task is a block of rows of one plane
@@ -54,6 +55,7 @@ struct ConvCall {
   void* y;
   Activation activation;
   double slope;
+  bool stream;                           // as above
   int64_t pixel_blocks, channel_blocks;  // a task is one of each
 };
 

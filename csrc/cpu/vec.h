@@ -138,6 +138,18 @@ MNET_INLINE void store(f16* p, Vector<float> v) {
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
+// A whole cache line to memory, past the caches: it saves reading the line first. Only for 64-byte
+// aligned lines that are not read again soon; drain_streams() before other threads may read them.
+#if defined(MNET_AVX512)
+constexpr bool kStreams = true;
+MNET_INLINE void stream(float* p, Vector<float> v) { _mm512_stream_ps(p, (__m512)v); }
+MNET_INLINE void drain_streams() { _mm_sfence(); }
+#else
+constexpr bool kStreams = false;
+MNET_INLINE void stream(float* p, Vector<float> v) { store(p, v); }
+MNET_INLINE void drain_streams() {}
+#endif
+
 // Asks for memory that is needed soon, into the second-level cache. Any address is harmless.
 MNET_INLINE void prefetch(const void* from, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64)
