@@ -30,6 +30,8 @@ setup(
                 "csrc/cpu/instruction_set_avx2.cpp",
                 "csrc/cpu/dwconv_bn_act.cpp",
                 "csrc/cpu/conv_bn_act.cpp",
+                "csrc/cpu/conv_sequence.cpp",
+                "csrc/cpu/launch.cpp",
                 "csrc/cpu/instruction_sets.cpp",
                 "csrc/cpu/active.cpp",
                 "csrc/ops.cpp",

@@ -16,6 +16,9 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
       "int[2] stride, int[4] padding, int[2] dilation, int out_channels, str activation, "
       "float slope) -> Tensor");
   m.def("pack_conv_weight(Tensor weight) -> Tensor");
+  // Float32 channels_last convolutions one after the other; mnet_kernels/sequences.py writes
+  // `stages` (n, 16) int64 and `constants`, csrc/cpu/conv_sequence.cpp says what is in them.
+  m.def("conv_sequence(Tensor x, Tensor stages, Tensor constants) -> Tensor");
   // The checks alone, for backends that are not written in C++: x's output size and the explicit
   // padding, (OH, OW, top, left, bottom, right). groups = 0 means depthwise.
   m.def(

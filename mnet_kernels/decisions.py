@@ -78,6 +78,9 @@ class Explanation:
         console.print(table)
         count = sum(row.backend != "native" for row in self.rows)
         console.print(f"{count} of {len(self.rows)} rows run fused.")
+        for path, runs in self._plan.runs.items():
+            sizes = " + ".join(str(len(run.stages)) for run in runs)
+            console.print(f"{path or 'the model'}: {sizes} of them in one call each, on the CPU.")
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 

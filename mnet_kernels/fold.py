@@ -12,6 +12,7 @@ from mnet_kernels import _C
 #: Tensors up to this size are compared whole to see whether a fold is stale, larger ones in
 #: their first bytes, their address and their version.
 _COMPARED_BYTES = 16384
+_FIRST_BYTES = 1024
 
 
 def fold(dtype: torch.dtype, bias: Tensor | None, norm: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -79,7 +80,8 @@ class Snapshot:
             for i, t in enumerate(tensors):
                 on_cpu = t.is_cpu and t.is_contiguous()
                 if on_cpu:
-                    spans.append((t.data_ptr(), min(t.nbytes, _COMPARED_BYTES)))
+                    whole = t.nbytes <= _COMPARED_BYTES
+                    spans.append((t.data_ptr(), t.nbytes if whole else _FIRST_BYTES))
                 if not on_cpu or t.nbytes > _COMPARED_BYTES:
                     self._versioned.append((i, t._version))
             self._addresses = [t.data_ptr() for t in tensors]

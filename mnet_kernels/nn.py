@@ -136,7 +136,7 @@ class FusedConv2d(nn.Conv2d):
             x,
             *constants,
             stride=self.stride,
-            padding="same" if fusion.pad == "same" else self._padding(),
+            padding="same" if fusion.pad == "same" else self.padding_edges(),
             dilation=self.dilation,
             activation=fusion.activation,
             slope=fusion.slope,
@@ -155,13 +155,13 @@ class FusedConv2d(nn.Conv2d):
                 kernel_size=self.kernel_size,
                 out_channels=self.out_channels,
                 stride=self.stride,
-                padding="same" if fusion.pad == "same" else self._padding(),
+                padding="same" if fusion.pad == "same" else self.padding_edges(),
                 dilation=self.dilation,
                 activation=fusion.activation,
                 slope=fusion.slope,
             )
         folded, _, bias = self._constants(x, weight, "folded")
-        top, left, bottom, right = self._padding() if fusion.pad != "same" else self._edges(x)
+        top, left, bottom, right = self.padding_edges() if fusion.pad != "same" else self._edges(x)
         if (top, left) != (bottom, right):
             x, top, left = _zero_pad(x, (top, left, bottom, right)), 0, 0
         if bias is not None:
@@ -174,11 +174,11 @@ class FusedConv2d(nn.Conv2d):
         return (
             self.fusion.backend in (None, "cpu")
             and ops.can_pack(x, self.groups)
-            and not _recorded()
+            and not recorded()
             and not (torch.is_grad_enabled() and (x.requires_grad or self._requires_grad()))
         )
 
-    def _sources(self) -> list[Tensor]:
+    def sources(self) -> list[Tensor]:
         """The tensors besides the weight that a call's constants are made from."""
         bias, norm = self._parameters["bias"], self.fusion.norm
         sources: list[Tensor] = [] if bias is None else [bias]
@@ -187,7 +187,7 @@ class FusedConv2d(nn.Conv2d):
         return sources
 
     def _requires_grad(self) -> bool:
-        return any(t.requires_grad for t in (self.weight, *self._sources()))
+        return any(t.requires_grad for t in (self.weight, *self.sources()))
 
     def _constants(
         self, x: Tensor, weight: Tensor, form: str
@@ -201,8 +201,8 @@ class FusedConv2d(nn.Conv2d):
             form: what becomes of the weight, a key of ``_FORMS``.
         """
         bias, norm, make = self._parameters["bias"], self.fusion.norm, _FORMS[form]
-        sources = [weight, *self._sources()]
-        if _recorded() or (torch.is_grad_enabled() and any(t.requires_grad for t in sources)):
+        sources = [weight, *self.sources()]
+        if recorded() or (torch.is_grad_enabled() and any(t.requires_grad for t in sources)):
             scale, shift = fold(x.dtype, bias, norm)
             return scaled(weight, scale) if form == "folded" else weight, scale, shift
         key = form, x.dtype, 0.0 if norm is None else norm.eps
@@ -215,7 +215,7 @@ class FusedConv2d(nn.Conv2d):
             self.__dict__["_kept"] = kept
         return kept[2]
 
-    def _padding(self) -> _Edges:
+    def padding_edges(self) -> _Edges:
         """The convolution's own padding and ``fusion.pad`` together."""
         if isinstance(self.padding, str):  # torch's "same" and "valid", worked out by Conv2d
             left, right, top, bottom = self._reversed_padding_repeated_twice
@@ -362,7 +362,7 @@ _FORMS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
 }
 
 
-def _recorded() -> bool:
+def recorded() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 

@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from mnet_kernels import tracing
 from mnet_kernels.chains import Graph, Look, take_hooks
 from mnet_kernels.plan import Left, Plan, Site, describe, is_depthwise
+from mnet_kernels.runs import find_runs
 
 
 def find(model: nn.Module) -> Plan:
@@ -63,6 +64,7 @@ class _Finder:
         order = {path: n for n, (path, _) in enumerate(self.model.named_modules())}
         plan.sites.sort(key=lambda site: order.get(site.conv, 0))
         plan.left.sort(key=lambda row: order.get(row.module, 0))
+        plan.runs = find_runs(self.model.eval(), plan.sites, self.look.is_leaf)
         return plan
 
     def _parts(self, root: nn.Module, path: str, plan: Plan) -> Iterator[_Part]:

@@ -54,10 +54,30 @@ class Left:
     reason: str
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One convolution of a run; ``residual``: the value added to its result, where value 0 is the
+    run's input and value i + 1 the result of stage i."""
+
+    conv: str
+    residual: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Children ``[start, stop)`` of an ``nn.Sequential`` that do nothing but ``stages``."""
+
+    start: int
+    stop: int
+    stages: tuple[Stage, ...]
+
+
 @dataclass
 class Plan:
     sites: list[Site] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
+    #: By the path of their Sequential.
+    runs: dict[str, list[Run]] = field(default_factory=dict)
 
 
 def describe(conv: nn.Module) -> str:

@@ -22,6 +22,7 @@ from mnet_kernels.decisions import Explanation, Swapped, load, measure, record_o
 from mnet_kernels.nn import FusedConv2d, Fusion, absorbed, check_backend
 from mnet_kernels.patterns import find
 from mnet_kernels.plan import Plan, Site
+from mnet_kernels.sequences import Sequenced
 from mnet_kernels.tracing import Shortened
 
 
@@ -169,6 +170,9 @@ def _apply(plan: Plan, fast: nn.Module, backend: str | None) -> None:
     for owner, positions in removed.items():
         module = fast.get_submodule(owner)
         module.__dict__["forward"] = Shortened(module, frozenset(positions))
+    for path, runs in plan.runs.items():
+        sequential = cast(nn.Sequential, fast.get_submodule(path))
+        sequential.__dict__["forward"] = Sequenced(sequential, runs, fast)
 
 
 def _fusion(site: Site, fast: nn.Module, backend: str | None) -> Fusion:

@@ -7,12 +7,10 @@
 #include "../tensor.h"
 #include "active.h"
 #include "kernels.h"
-#include "memory.h"
+#include "launch.h"
 
 namespace mnet::cpu {
 namespace {
-
-int64_t panels_of(int64_t channels) { return (channels + kPanel - 1) / kPanel; }
 
 // `t`'s values, or `fill` where it is None, filled up to whole panels.
 const float* per_panel(const std::optional<Tensor>& t, int64_t K, float fill,
@@ -23,19 +21,6 @@ const float* per_panel(const std::optional<Tensor>& t, int64_t K, float fill,
       memory[static_cast<std::size_t>(k)] =
           static_cast<const float*>(t->const_data_ptr())[k * t->stride(0)];
   return memory.data();
-}
-
-// Blocks of about 56 pixels keep their patches and a panel of weights in the second-level cache.
-// Output channels are shared out too where there are few blocks.
-int64_t plan(ConvCall& call, int64_t threads) {
-  constexpr int64_t kBlockPixels = 56;
-  const int64_t pixels = call.N * call.OH * call.OW;
-  call.pixel_blocks = (pixels + kBlockPixels - 1) / kBlockPixels;
-  call.channel_blocks = 1;
-  if (threads > 1 && call.pixel_blocks < 4 * threads)
-    call.channel_blocks =
-        std::min(panels_of(call.K), (4 * threads + call.pixel_blocks - 1) / call.pixel_blocks);
-  return call.pixel_blocks * call.channel_blocks;
 }
 
 }  // namespace
@@ -98,28 +83,13 @@ Tensor conv_bn_act_packed(Tensor x, Tensor packed, std::optional<Tensor> scale,
   if (p.N == 0) return y;
 
   thread_local std::vector<float> scale_memory, shift_memory;
-  ConvCall call{};
-  call.N = p.N, call.C = p.C, call.H = p.H, call.W = p.W;
-  call.K = p.K, call.OH = p.OH, call.OW = p.OW, call.taps = taps;
-  call.KH = p.KH, call.KW = p.KW, call.SH = p.SH, call.SW = p.SW, call.DH = p.DH, call.DW = p.DW;
-  call.top = p.top, call.left = p.left;
-  call.pointwise = taps == p.C && p.SH == 1 && p.SW == 1 && p.OH == p.H && p.OW == p.W &&
-                   p.top == 0 && p.left == 0;
+  ConvCall call = conv_call(p);
   call.x = input.const_data_ptr();
   call.weight = packed.const_data_ptr();
   call.scale = per_panel(scale, p.K, 1.0f, scale_memory);
   call.shift = per_panel(shift, p.K, 0.0f, shift_memory);
   call.y = y.mutable_data_ptr();
-  call.stream = may_stream(call.y, p, sizeof(float));
-  call.activation = p.activation;
-  call.slope = p.slope;
-  const int64_t tasks = plan(call, torch::stable::get_num_threads());
-  const Kernels& kernels = active_kernels();
-  const auto bytes =
-      static_cast<std::size_t>(kernels.conv_channels_last_scratch(call)) * sizeof(float);
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    kernels.conv_channels_last(call, begin, end, scratch_bytes(bytes));
-  });
+  run_conv(call, p, torch::stable::get_num_threads());
   return y;
 }
 

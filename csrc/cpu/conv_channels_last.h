@@ -61,8 +61,14 @@ MNET_INLINE void conv_tile(const ConvCall& call, const float* patches, int64_t p
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 16
     for (int v = 0; v < Vectors; ++v) {
-      const Vector<float> out = at_most<float>(at_least<float>(sum[p][v], clamp.low), clamp.high);
-      if (v == Vectors - 1 && lanes_in_last < V)
+      Vector<float> out = at_most<float>(at_least<float>(sum[p][v], clamp.low), clamp.high);
+      const bool partial = v == Vectors - 1 && lanes_in_last < V;
+      if (call.residual) {
+        const float* add = static_cast<const float*>(call.residual) +
+                           (y - static_cast<float*>(call.y)) + p * call.K + v * V;
+        out += partial ? load_first(add, lanes_in_last) : load(add);
+      }
+      if (partial)
         store_first(y + p * call.K + v * V, out, lanes_in_last);
       else if (kStreams && call.stream)
         stream(y + p * call.K + v * V, out);

@@ -10,22 +10,11 @@
 #include "../tensor.h"
 #include "active.h"
 #include "kernels.h"
+#include "launch.h"
 #include "memory.h"
 
 namespace mnet::cpu {
 namespace {
-
-Element element_of(DType dtype) {
-  switch (dtype) {
-    case DType::float64: return Element::f64;
-    case DType::bfloat16: return Element::bf16;
-    case DType::float16: return Element::f16;
-    default: return Element::f32;
-  }
-}
-
-// Inputs from this size on come from beyond the second-level cache for certain.
-constexpr int64_t kPrefetchFrom = int64_t{8} << 20;
 
 // `t`'s values if they lie one after the other, else a copy of them; `fill` where t is None.
 template <typename Acc>
@@ -77,19 +66,6 @@ const void* by_tap(const Problem& p, const Tensor& weight, bool keep_type,
   }
 }
 
-// channels_last: a unit of work is one output row of a chunk of channels. Channels are only cut
-// where there are not enough rows: threads that share a pixel's lines take them from one another
-// (a processor prefetches past the end of a chunk), which costs more than an uneven share.
-int64_t plan_channels_last(DwconvCall& call, int64_t width, int64_t threads) {
-  const int64_t rows = call.N * call.OH, block = 2 * width;  // the widest that kernels work on
-  const bool cut = threads > 1 && rows < 2 * threads && call.K >= threads * block;
-  const int64_t chunks = cut ? threads : 1;
-  call.channel_chunk = (call.K + chunks * block - 1) / (chunks * block) * block;
-  call.channel_chunks =
-      std::max<int64_t>(1, call.K / call.channel_chunk);  // the last takes the rest
-  return rows * call.channel_chunks;
-}
-
 // contiguous: a unit is a block of rows of one plane, small enough for its staged copy and result
 // to stay in the first-level cache.
 int64_t plan_contiguous(DwconvCall& call, int64_t threads) {
@@ -113,21 +89,15 @@ void run(DwconvCall& call, const Problem& p, const Tensor& weight,
   call.scale = per_channel<Acc>(scale, p.K, Acc(1), scale_memory);
   call.shift = per_channel<Acc>(shift, p.K, Acc(0), shift_memory);
 
-  const int64_t size = p.dtype == DType::float64 ? 8 : p.dtype == DType::float32 ? 4 : 2;
-  call.prefetch = p.N * p.H * p.W * p.C * size > kPrefetchFrom;
-  call.stream = layout == Layout::channels_last && may_stream(call.y, p, size);
   const int64_t threads = torch::stable::get_num_threads();
   if (layout == Layout::channels_last) {
-    const int64_t tasks = plan_channels_last(call, kernels.width, threads);
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      kernels.dwconv_channels_last(call, begin, end);
-    });
+    run_dwconv_channels_last(call, p, threads);
   } else {
     const int64_t tasks = plan_contiguous(call, threads);
     const auto bytes =
         static_cast<std::size_t>(kernels.dwconv_contiguous_scratch(call)) * sizeof(Acc);
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      kernels.dwconv_contiguous(call, begin, end, scratch_bytes(bytes));
+      kernels.dwconv_contiguous(call, begin, end, scratch_bytes<Scratch::kernel>(bytes));
     });
   }
 }
@@ -146,16 +116,9 @@ Tensor dwconv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> scale,
   Tensor y = empty_4d(x, p.N, p.K, p.OH, p.OW, layout);
   if (p.N == 0) return y;
 
-  DwconvCall call{};
-  call.N = p.N, call.C = p.C, call.H = p.H, call.W = p.W;
-  call.K = p.K, call.OH = p.OH, call.OW = p.OW, call.multiplier = p.multiplier;
-  call.KH = p.KH, call.KW = p.KW, call.SH = p.SH, call.SW = p.SW, call.DH = p.DH, call.DW = p.DW;
-  call.top = p.top, call.left = p.left;
+  DwconvCall call = dwconv_call(p);
   call.x = input.const_data_ptr();
   call.y = y.mutable_data_ptr();
-  call.element = element_of(p.dtype);
-  call.activation = p.activation;
-  call.slope = p.slope;
   if (p.dtype == DType::float64)
     run<double>(call, p, weight, scale, shift, layout);
   else

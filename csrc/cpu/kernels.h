@@ -56,6 +56,7 @@ struct ConvCall {
   Activation activation;
   double slope;
   bool stream;                           // as above
+  const void* residual;                  // added after the activation, laid out as y; or null
   int64_t pixel_blocks, channel_blocks;  // a task is one of each
 };
 

@@ -3,19 +3,30 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 #include "../problem.h"
 
 namespace mnet::cpu {
 
-// Aligned memory that a thread keeps between calls, so that no call pays for page faults.
-inline void* scratch_bytes(std::size_t bytes) {
-  constexpr std::size_t kAlign = 64;
-  thread_local std::vector<char> memory;
-  if (memory.size() < bytes + kAlign) memory.resize(bytes + kAlign);
-  const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
-  return reinterpret_cast<void*>((address + kAlign - 1) / kAlign * kAlign);
+inline void* align_line(char* p) {
+  constexpr std::uintptr_t kLine = 64;
+  return reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(p) + kLine - 1) / kLine * kLine);
+}
+
+// Memory that a thread keeps between calls, so that no call pays for page faults, on whole cache
+// lines. One for each use, since uses nest.
+enum class Scratch { kernel, sequence };
+template <Scratch Use>
+void* scratch_bytes(std::size_t bytes) {
+  thread_local std::unique_ptr<char[]> memory;
+  thread_local std::size_t size = 0;
+  if (size < bytes + 64) {
+    memory.reset();
+    memory.reset(new char[bytes + 64]);
+    size = bytes + 64;
+  }
+  return align_line(memory.get());
 }
 
 // Whether a call's result had better bypass the caches: input and output together are beyond what a

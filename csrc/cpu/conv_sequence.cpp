@@ -1,0 +1,206 @@
+// Convolutions one after the other, float32 channels_last, as one call: what passes between them
+// stays in memory that is used again for every image and every call.
+//
+// With at least one image a thread, every thread takes its images through all stages by itself:
+// an image's maps stay in the caches, and threads meet once. The images left over go through
+// together, all threads working on each stage.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "../tensor.h"
+#include "launch.h"
+#include "memory.h"
+
+namespace mnet::cpu {
+namespace {
+
+constexpr const char* kOp = "conv_sequence";
+constexpr int64_t kColumns = 16, kAlign = 16;  // kAlign in floats: a cache line
+
+struct Stage {
+  Problem p;  // of one image
+  bool dense;
+  int64_t residual;  // the value that is added to the result, or -1
+  const float *weight, *scale, *shift;
+  int64_t slot = -1;  // where the result goes; the last one is the caller's
+};
+
+// Value 0 is x, value i + 1 the result of stage i.
+struct Sequence {
+  std::vector<Stage> stages;
+  std::vector<int64_t> slots;  // sizes in floats, of one image
+  int64_t image = 0;           // the sum of slots
+};
+
+int64_t aligned(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
+
+// A row of `stages`: dense, C, K, KH, KW, SH, SW, DH, DW, top, left, bottom, right (top = -1: as
+// TensorFlow's "same"), activation, residual, offset in `constants`.
+Stage stage_of(const int64_t* row, int64_t H, int64_t W, const float* constants, int64_t count) {
+  auto expect = [&](bool good, const char* what) {
+    if (!good) check::fail(kOp, "stages", what, check::show(row, kColumns));
+  };
+  Stage stage{};
+  Problem& p = stage.p;
+  stage.dense = row[0] != 0;
+  p.N = 1, p.C = row[1], p.H = H, p.W = W, p.K = row[2], p.KH = row[3], p.KW = row[4];
+  p.SH = row[5], p.SW = row[6], p.DH = row[7], p.DW = row[8];
+  p.top = row[9], p.left = row[10], p.bottom = row[11], p.right = row[12];
+  p.dtype = DType::float32;
+  for (int i = 1; i < 9; ++i)
+    expect(row[i] > 0 && row[i] < int64_t{1} << 31, "positive sizes, strides and dilations");
+  if (p.top == -1) {
+    check::same_padding(p.H, p.KH, p.SH, p.DH, &p.top, &p.bottom);
+    check::same_padding(p.W, p.KW, p.SW, p.DW, &p.left, &p.right);
+  }
+  for (int64_t edge : {p.top, p.left, p.bottom, p.right})
+    expect(edge >= 0 && edge < int64_t{1} << 31, "padding of at least 0");
+  expect(stage.dense || p.K % p.C == 0, "K a multiple of C");
+  expect(row[13] >= 0 && row[13] < static_cast<int64_t>(kActivationCount), "a known activation");
+  p.activation = static_cast<Activation>(row[13]);
+  p.groups = stage.dense ? 1 : p.C;
+  p.multiplier = p.K / p.groups;
+  const int64_t room_h = p.H + p.top + p.bottom - (p.KH - 1) * p.DH - 1;
+  const int64_t room_w = p.W + p.left + p.right - (p.KW - 1) * p.DW - 1;
+  if (room_h < 0 || room_w < 0)
+    check::fail(kOp, "x",
+                check::join("a padded size of at least ", (p.KH - 1) * p.DH + 1, " x ",
+                            (p.KW - 1) * p.DW + 1, " (the dilated kernel) at every stage"),
+                check::join(p.H + p.top + p.bottom, " x ", p.W + p.left + p.right));
+  p.OH = room_h / p.SH + 1, p.OW = room_w / p.SW + 1;
+
+  const int64_t channels = stage.dense ? panels_of(p.K) * kPanel : p.K;
+  const int64_t weights = p.KH * p.KW * (stage.dense ? p.C : 1) * channels;
+  const int64_t size = aligned(weights) + 2 * aligned(channels) + 1;
+  expect(row[15] >= 0 && row[15] <= count - size, "an offset that lies within the constants");
+  stage.weight = constants + row[15];
+  stage.scale = stage.weight + aligned(weights);
+  stage.shift = stage.scale + aligned(channels);
+  p.slope = stage.shift[aligned(channels)];
+  stage.residual = row[14];
+  return stage;
+}
+
+Sequence sequence_of(const int64_t* rows, int64_t count, const Tensor& x, const float* constants,
+                     int64_t constant_count) {
+  Sequence s;
+  std::vector<int64_t> last_use(static_cast<std::size_t>(count) + 1);
+  int64_t C = x.size(1), H = x.size(2), W = x.size(3);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t* row = rows + i * kColumns;
+    if (row[1] != C)
+      check::fail(kOp, i ? "stages" : "x", check::join(row[1], " channels"), check::join(C));
+    s.stages.push_back(stage_of(row, H, W, constants, constant_count));
+    const Stage& stage = s.stages.back();
+    C = stage.p.K, H = stage.p.OH, W = stage.p.OW;
+    last_use[i] = i;
+    const int64_t r = stage.residual;
+    if (r == -1) continue;
+    const bool known = stage.dense && r >= 0 && r <= i;
+    const Problem* from = known && r > 0 ? &s.stages[r - 1].p : nullptr;
+    if (!known || C != (from ? from->K : x.size(1)) || H != (from ? from->OH : x.size(2)) ||
+        W != (from ? from->OW : x.size(3)))
+      check::fail(kOp, "stages", "an earlier value of the result's shape as residual",
+                  check::join(r, " at stage ", i));
+    last_use[r] = i;
+  }
+  // Each value takes a slot that no value still in use holds.
+  std::vector<int64_t> held;  // by slot: the last stage that uses what is in it
+  for (int64_t i = 0; i + 1 < count; ++i) {
+    Stage& stage = s.stages[i];
+    const auto free = std::find_if(held.begin(), held.end(), [&](int64_t use) { return use < i; });
+    stage.slot = free - held.begin();
+    if (free == held.end()) held.push_back(0), s.slots.push_back(0);
+    held[stage.slot] = last_use[i + 1];
+    s.slots[stage.slot] =
+        std::max(s.slots[stage.slot], aligned(stage.p.K * stage.p.OH * stage.p.OW));
+  }
+  for (int64_t size : s.slots) s.image += size;
+  return s;
+}
+
+// `images` images from x to y; `memory` holds that many times sequence.image floats.
+void run(const Sequence& sequence, const float* x, float* y, int64_t images, float* memory,
+         int64_t threads) {
+  std::vector<float*> slots;
+  for (int64_t size : sequence.slots) slots.push_back(memory), memory += size * images;
+  auto value = [&](int64_t v) -> const float* {
+    return v == 0 ? x : slots[sequence.stages[v - 1].slot];
+  };
+  int64_t i = 0;
+  for (const Stage& stage : sequence.stages) {
+    Problem p = stage.p;
+    p.N = images;
+    auto point = [&](auto& call) {
+      call.x = value(i);
+      call.y = stage.slot < 0 ? y : slots[stage.slot];
+      call.weight = stage.weight;
+      call.scale = stage.scale;
+      call.shift = stage.shift;
+    };
+    if (stage.dense) {
+      ConvCall call = conv_call(p);
+      point(call);
+      call.residual = stage.residual < 0 ? nullptr : value(stage.residual);
+      run_conv(call, p, threads);
+    } else {
+      DwconvCall call = dwconv_call(p);
+      point(call);
+      run_dwconv_channels_last(call, p, threads);
+    }
+    ++i;
+  }
+}
+
+// Runs with the memory it needs: kept for the thread's next call unless it is large.
+void run_here(const Sequence& sequence, const float* x, float* y, int64_t images, int64_t threads) {
+  constexpr std::size_t kKept = std::size_t{128} << 20;
+  const auto bytes = static_cast<std::size_t>(sequence.image * images) * sizeof(float) + 64;
+  std::unique_ptr<char[]> own(bytes > kKept ? new char[bytes] : nullptr);
+  void* memory = own ? align_line(own.get()) : scratch_bytes<Scratch::sequence>(bytes);
+  run(sequence, x, y, images, static_cast<float*>(memory), threads);
+}
+
+}  // namespace
+
+Tensor conv_sequence(Tensor x, Tensor stages, Tensor constants) {
+  const TensorFacts facts = facts_of(x);
+  if (facts.dim != 4 || facts.dtype != DType::float32 || !x.is_cpu() || x.numel() == 0)
+    check::fail(kOp, "x", "a float32 CPU tensor (N, C, H, W) that is not empty",
+                check::join(facts.dtype_name, " of ", check::shape(facts)));
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(stages.get(), &dtype));
+  if (static_cast<ScalarType>(dtype) != ScalarType::Long || !stages.is_cpu() || stages.dim() != 2 ||
+      stages.size(0) < 1 || stages.size(1) != kColumns || !stages.is_contiguous())
+    check::fail(kOp, "stages", "an int64 CPU tensor (n, 16)", check::shape(facts_of(stages)));
+  if (facts_of(constants).dtype != DType::float32 || !constants.is_cpu() ||
+      !constants.is_contiguous())
+    check::fail(kOp, "constants", "a contiguous float32 CPU tensor",
+                facts_of(constants).dtype_name);
+  const Sequence sequence =
+      sequence_of(static_cast<const int64_t*>(stages.const_data_ptr()), stages.size(0), x,
+                  static_cast<const float*>(constants.const_data_ptr()), constants.numel());
+
+  const Tensor input = dense(x, Layout::channels_last);
+  const Problem& last = sequence.stages.back().p;
+  const int64_t N = x.size(0), x_size = x.numel() / N, y_size = last.K * last.OH * last.OW;
+  Tensor y = empty_4d(x, N, last.K, last.OH, last.OW, Layout::channels_last);
+  const auto* from = static_cast<const float*>(input.const_data_ptr());
+  auto* to = static_cast<float*>(y.mutable_data_ptr());
+  const int64_t threads = torch::stable::get_num_threads(), alone = N / threads * threads;
+  torch::stable::parallel_for(0, alone, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      run_here(sequence, from + n * x_size, to + n * y_size, 1, 1);
+  });
+  if (alone < N) run_here(sequence, from + alone * x_size, to + alone * y_size, N - alone, threads);
+  return y;
+}
+
+}  // namespace mnet::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mnet_kernels, CPU, m) {
+  m.impl("conv_sequence", TORCH_BOX(&mnet::cpu::conv_sequence));
+}

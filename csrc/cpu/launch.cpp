@@ -1,0 +1,110 @@
+#include "launch.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "active.h"
+#include "memory.h"
+
+namespace mnet::cpu {
+namespace {
+
+// Inputs from this size on come from beyond the second-level cache for certain.
+constexpr int64_t kPrefetchFrom = int64_t{8} << 20;
+
+Element element_of(DType dtype) {
+  switch (dtype) {
+    case DType::float64: return Element::f64;
+    case DType::bfloat16: return Element::bf16;
+    case DType::float16: return Element::f16;
+    default: return Element::f32;
+  }
+}
+
+int64_t size_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// A unit of work is one output row of a chunk of channels. Channels are only cut where there are
+// not enough rows: threads that share a pixel's lines take them from one another (a processor
+// prefetches past the end of a chunk), which costs more than an uneven share.
+int64_t plan(DwconvCall& call, int64_t width, int64_t threads) {
+  const int64_t rows = call.N * call.OH, block = 2 * width;  // the widest that kernels work on
+  const bool cut = threads > 1 && rows < 2 * threads && call.K >= threads * block;
+  const int64_t chunks = cut ? threads : 1;
+  call.channel_chunk = (call.K + chunks * block - 1) / (chunks * block) * block;
+  // The last chunk takes the rest.
+  call.channel_chunks = std::max<int64_t>(1, call.K / call.channel_chunk);
+  return rows * call.channel_chunks;
+}
+
+// Blocks of about 56 pixels keep their patches and a panel of weights in the second-level cache.
+// Output channels are shared out too where there are few blocks.
+int64_t plan(ConvCall& call, int64_t threads) {
+  constexpr int64_t kBlockPixels = 56;
+  const int64_t pixels = call.N * call.OH * call.OW;
+  call.pixel_blocks = (pixels + kBlockPixels - 1) / kBlockPixels;
+  call.channel_blocks = 1;
+  if (threads > 1 && call.pixel_blocks < 4 * threads)
+    call.channel_blocks =
+        std::min(panels_of(call.K), (4 * threads + call.pixel_blocks - 1) / call.pixel_blocks);
+  return call.pixel_blocks * call.channel_blocks;
+}
+
+template <typename Tasks>
+void share(int64_t tasks, int64_t threads, const Tasks& run) {
+  if (threads == 1)
+    run(0, tasks);
+  else
+    torch::stable::parallel_for(0, tasks, 1, run);
+}
+
+}  // namespace
+
+DwconvCall dwconv_call(const Problem& p) {
+  DwconvCall call{};
+  call.N = p.N, call.C = p.C, call.H = p.H, call.W = p.W;
+  call.K = p.K, call.OH = p.OH, call.OW = p.OW, call.multiplier = p.multiplier;
+  call.KH = p.KH, call.KW = p.KW, call.SH = p.SH, call.SW = p.SW, call.DH = p.DH, call.DW = p.DW;
+  call.top = p.top, call.left = p.left;
+  call.element = element_of(p.dtype);
+  call.activation = p.activation;
+  call.slope = p.slope;
+  call.prefetch = p.N * p.H * p.W * p.C * size_of(p.dtype) > kPrefetchFrom;
+  return call;
+}
+
+ConvCall conv_call(const Problem& p) {
+  ConvCall call{};
+  call.N = p.N, call.C = p.C, call.H = p.H, call.W = p.W;
+  call.K = p.K, call.OH = p.OH, call.OW = p.OW, call.taps = p.KH * p.KW * p.C;
+  call.KH = p.KH, call.KW = p.KW, call.SH = p.SH, call.SW = p.SW, call.DH = p.DH, call.DW = p.DW;
+  call.top = p.top, call.left = p.left;
+  call.pointwise = call.taps == p.C && p.SH == 1 && p.SW == 1 && p.OH == p.H && p.OW == p.W &&
+                   p.top == 0 && p.left == 0;
+  call.activation = p.activation;
+  call.slope = p.slope;
+  return call;
+}
+
+void run_dwconv_channels_last(DwconvCall& call, const Problem& p, int64_t threads) {
+  // Vectors must not be wider than a pixel's channels.
+  const Kernels& kernels = narrowed_kernels(p.K);
+  call.stream = may_stream(call.y, p, size_of(p.dtype));
+  share(plan(call, kernels.width, threads), threads,
+        [&](int64_t begin, int64_t end) { kernels.dwconv_channels_last(call, begin, end); });
+}
+
+void run_conv(ConvCall& call, const Problem& p, int64_t threads) {
+  const Kernels& kernels = active_kernels();
+  call.stream = may_stream(call.y, p, sizeof(float));
+  const int64_t tasks = plan(call, threads);
+  const auto bytes =
+      static_cast<std::size_t>(kernels.conv_channels_last_scratch(call)) * sizeof(float);
+  share(tasks, threads, [&](int64_t begin, int64_t end) {
+    kernels.conv_channels_last(call, begin, end, scratch_bytes<Scratch::kernel>(bytes));
+  });
+}
+
+}  // namespace mnet::cpu

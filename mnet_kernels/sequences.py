@@ -1,0 +1,153 @@
+"""Runs of fused convolutions inside an ``nn.Sequential``, as one operator call each.
+
+What passes between the convolutions of a run then stays in memory that the operator keeps, and
+Python is entered once instead of once a convolution. A run is taken only at calls where nobody
+could tell the difference; at all others its modules are called one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from mnet_kernels import ops
+from mnet_kernels.fold import Snapshot, fold
+from mnet_kernels.nn import FusedConv2d, recorded
+from mnet_kernels.plan import Run
+from mnet_kernels.reference import ACTIVATIONS
+
+_conv_sequence = torch.ops.mnet_kernels.conv_sequence.default
+
+
+class Sequenced:
+    """The forward of a Sequential with runs in it."""
+
+    def __init__(self, owner: nn.Sequential, runs: list[Run], fast: nn.Module) -> None:
+        self.owner = owner
+        self.runs = [(run.start, run.stop, _Runner(owner, run, fast)) for run in runs]
+
+    def __call__(self, x: Any) -> Any:
+        children = list(self.owner._modules.values())
+        done = 0
+        for start, stop, runner in self.runs:
+            for child in children[done:start]:
+                x = cast(nn.Module, child)(x)
+            done = start
+            y = runner(x)
+            if y is not None:
+                x, done = y, stop
+        for child in children[done:]:
+            x = cast(nn.Module, child)(x)
+        return x
+
+    __code__ = __call__.__code__  # torch.export asks a forward where it was written
+
+
+class _Runner:
+    """Calls one run's operator, or returns None where its modules have to be called one by one.
+
+    What has to be looked at for that lies scattered in memory that the kernels have just driven
+    out of the caches, so it is kept as little as possible.
+    """
+
+    def __init__(self, owner: nn.Module, run: Run, fast: nn.Module) -> None:
+        self.convs = [cast(FusedConv2d, fast.get_submodule(s.conv)) for s in run.stages]
+        self.residuals = [-1 if s.residual is None else s.residual for s in run.stages]
+        members = cast(list[nn.Module], list(owner._modules.values()))[run.start : run.stop]
+        modules = list(dict.fromkeys(m for member in members for m in member.modules()))
+        #: The tree as it was found: what was exchanged since is not run over.
+        parents = [m for m in modules if m._modules]
+        self.tree = [(m._modules, tuple(m._modules.values())) for m in (owner, *parents)]
+        self.forwards = [(m.__dict__, m.__dict__.get("forward")) for m in parents]
+        self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self._kept: tuple[Any, Snapshot, Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        if recorded() or not self._serves(x):
+            return None
+        sources: list[Tensor] = []
+        constants = []
+        for conv in self.convs:
+            fusion = conv.fusion
+            norm = fusion.norm
+            if (
+                fusion.declined is not None
+                or fusion.backend not in (None, "cpu")
+                or (norm is not None and norm.training and fusion.batch_statistics)
+                or (norm is not None and norm._buffers["running_mean"] is None)
+            ):
+                return None
+            constants.append((conv.stride, conv.padding, conv.dilation, norm and norm.eps))
+            sources.append(cast(Tensor, conv._parameters["weight"]))
+            sources += conv.sources()
+        if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
+            return None
+        kept = self._kept
+        if kept is None or kept[0] != constants or not kept[1].holds(sources):
+            if any(t.dtype != torch.float32 or not t.is_cpu for t in sources):
+                return None
+            kept = self._kept = (constants, Snapshot(sources), *self._pack())
+        return _conv_sequence(x, *kept[2:])
+
+    def _serves(self, x: Any) -> bool:
+        return (
+            type(x) is Tensor
+            and x.dtype == torch.float32
+            and x.is_cpu
+            and x.dim() == 4
+            and x.numel() > 0
+            and x.shape[1] == self.convs[0].in_channels
+            and not (x.requires_grad and torch.is_grad_enabled())
+            and not torch.is_autocast_enabled("cpu")
+            and not torch._C._are_functorch_transforms_active()
+            and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+            and not any(self.hooks)
+            and all(tuple(held.values()) == found for held, found in self.tree)
+            and all(held.get("forward") is found for held, found in self.forwards)
+        )
+
+    def _pack(self) -> tuple[Tensor, Tensor]:
+        """(stages, constants) as csrc/cpu/conv_sequence.cpp reads them."""
+        rows: list[list[int]] = []
+        parts: list[Tensor] = []
+        names = list(ACTIVATIONS)
+        offset = 0
+        for conv, residual in zip(self.convs, self.residuals, strict=True):
+            fusion = conv.fusion
+            dense = conv.groups == 1
+            edges = (-1,) * 4 if fusion.pad == "same" else conv.padding_edges()
+            rows.append([
+                int(dense), conv.in_channels, conv.out_channels, *conv.kernel_size, *conv.stride,
+                *conv.dilation, *edges, names.index(fusion.activation), residual, offset,
+            ])  # fmt: skip
+            for values in _flat(conv):
+                parts.append(values)
+                parts.append(values.new_zeros(-len(values) % 16))
+                offset += len(values) + len(parts[-1])
+            parts.append(torch.tensor([fusion.slope] + [0.0] * 15))
+            offset += 16
+        return torch.tensor(rows), torch.cat(parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+
+def _flat(conv: FusedConv2d) -> Iterator[Tensor]:
+    """Weight, scale and shift as the kernels read them."""
+    weight, channels = conv.weight.detach(), conv.out_channels
+    if conv.groups == 1:
+        weight = ops.pack_conv_weight(weight)
+        channels = weight.shape[0] * weight.shape[3]
+    else:
+        weight = weight.permute(2, 3, 1, 0)
+    yield weight.flatten()
+    fills = (1.0, 0.0)
+    for given, fill in zip(fold(torch.float32, conv.bias, conv.fusion.norm), fills, strict=True):
+        values = torch.full((channels,), fill)
+        if given is not None:
+            values[: conv.out_channels] = given.detach()
+        yield values

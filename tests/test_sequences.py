@@ -1,0 +1,466 @@
+"""Runs of convolutions in one call: the same bits as one by one, and only where nobody can tell."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_swap import Forward, image, network, randomize
+from torch import nn
+from torchvision.models import mobilenet_v2
+
+from mnet_kernels import models
+from mnet_kernels.decisions import record_of
+from mnet_kernels.nn import FusedConv2d
+from mnet_kernels.sequences import Sequenced
+from mnet_kernels.swap import explain, restore, swap
+
+conv_sequence = torch.ops.mnet_kernels.conv_sequence.default
+
+
+def runs(fast):
+    return {
+        path: [(run.start, run.stop, len(run.stages)) for run in found]
+        for path, found in record_of(fast, "runs").plan.runs.items()
+    }
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls of the operator."""
+    made = []
+
+    class Counting:
+        def __call__(self, *args):
+            made.append(args)
+            return conv_sequence(*args)
+
+    monkeypatch.setattr("mnet_kernels.sequences._conv_sequence", Counting())
+    return made
+
+
+def one_by_one(fast, x):
+    """The result without runs, from a copy: the modules called in turn."""
+    fast = copy.deepcopy(fast)
+    for module in fast.modules():
+        if isinstance(module.__dict__.get("forward"), Sequenced):
+            del module.__dict__["forward"]
+    with torch.no_grad():
+        return fast(x)
+
+
+def unit(inputs, outputs, kernel=1, groups=1, act=nn.ReLU6, **options):
+    conv = nn.Conv2d(inputs, outputs, kernel, groups=groups, bias=False, **options)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), *([act()] if act else []))
+
+
+class Inverted(nn.Module):
+    """MobileNetV2's block."""
+
+    def __init__(self, inputs=6, outputs=6, stride=1):
+        super().__init__()
+        self.conv = nn.Sequential(
+            unit(inputs, 20),
+            unit(20, 20, 3, 20, stride=stride, padding=1),
+            unit(20, outputs, act=None),
+        )
+        self.adds = inputs == outputs and stride == 1
+
+    def forward(self, x):
+        return x + self.conv(x) if self.adds else self.conv(x)
+
+
+class Net(nn.Sequential):
+    """A stem, blocks with and without a sum, a head; then what is no convolution."""
+
+    def __init__(self):
+        blocks = [Inverted(), Inverted(6, 10, 2), Inverted(10, 10), Inverted(10, 10)]
+        super().__init__(
+            unit(3, 6, 3, stride=2, padding=1), *blocks, unit(10, 24),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 5),
+        )  # fmt: skip
+
+
+@pytest.fixture
+def net():
+    return randomize(Net())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+def test_the_same_bits_as_one_by_one(net, calls, batch, threads):
+    fast = swap(net)
+    assert runs(fast) == {"": [(0, 6, 14)]}
+    x = image(batch, 3, 23, 30)
+    torch.set_num_threads(threads)  # the fixture of all tests sets it back
+    with torch.no_grad():
+        y = fast(x)
+        features = nn.Sequential(*list(fast)[:6])(x)
+        again = fast(x)
+    assert len(calls) == 2
+    assert torch.equal(y, one_by_one(fast, x))
+    assert torch.equal(y, again)
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    reference = copy.deepcopy(net).double()(x.double())
+    torch.testing.assert_close(y.double(), reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make,found",
+    [
+        (lambda: models.mobilenet_v1(0.25, 10), {"": [(1, 86, 27)]}),
+        (lambda: mobilenet_v2(num_classes=10, width_mult=0.35), {"features": [(0, 19, 52)]}),
+    ],
+)
+def test_real_networks(make, found, calls):
+    fast = swap(randomize(make()))
+    assert runs(fast) == found
+    x = image(2, 3, 64, 64)
+    with torch.no_grad():
+        y = fast(x)
+    assert len(calls) == 1
+    assert torch.equal(y, one_by_one(fast, x))
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_random_sequences(data):
+    """Any kernel, stride, padding, dilation, multiplier, activation; sums where shapes allow."""
+    draw = data.draw
+    seed = draw(st.integers(0, 2**31))
+    torch.manual_seed(seed)
+    channels = draw(st.integers(1, 40))
+    x = image(draw(st.integers(1, 3)), channels, *draw(st.tuples(*[st.integers(5, 20)] * 2)))
+    layers: list[nn.Module] = []
+    for _ in range(draw(st.integers(2, 6))):
+        depthwise = channels > 1 and draw(st.booleans())
+        outputs = channels * draw(st.integers(1, 2)) if depthwise else draw(st.integers(1, 70))
+        kernel = draw(st.sampled_from([1, 2, 3, 5]))
+        options = dict(
+            stride=draw(st.integers(1, 2)), padding=draw(st.integers(kernel // 2, kernel)),
+            dilation=draw(st.integers(1, 2)), groups=channels if depthwise else 1,
+        )  # fmt: skip
+        act = draw(st.sampled_from([None, nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU, nn.LeakyReLU]))
+        layer = unit(channels, outputs, kernel, act=act, **options)
+        try:
+            with torch.no_grad():
+                y = nn.Sequential(*layers, layer).eval()(x)
+        except RuntimeError:  # the kernel is larger than what is left of the image
+            break
+        if min(y.shape[2:]) < 2:
+            break
+        layers.append(layer)
+        channels = outputs
+        if draw(st.booleans()):
+            inner = unit(channels, channels, act=None)
+            layers.append(network(lambda self, x: self.f(x) + x, f=inner))
+    if len(layers) < 2:
+        return
+    if layers[0][0].groups > 1 or draw(st.booleans()):
+        x = x.to(memory_format=torch.channels_last)  # else a depthwise start keeps its layout
+    model = randomize(nn.Sequential(nn.Sequential(*layers), nn.AdaptiveAvgPool2d(2), nn.Flatten()))
+    fast = swap(model)
+    with torch.no_grad():
+        y, native = fast(x), model(x)
+    assert torch.equal(y, one_by_one(fast, x))
+    exact = copy.deepcopy(model).double()(x.double())
+    error, allowed = (y - exact).abs().max(), (native - exact).abs().max()
+    assert error <= max(3 * allowed, 1e-6 * exact.abs().max())
+
+
+# ---- what is a run ----------------------------------------------------------------------------
+
+
+def finish(*layers):
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def seen(self, x):
+    y = self.a(x)
+    return self.b(y) * torch.sigmoid(y)
+
+
+def twice(self, x):
+    y = self.a(x)
+    return y + y
+
+
+def used_before_the_sum(self, x):
+    y = self.a(x)
+    return (y + x) * torch.sigmoid(y)
+
+
+def after_the_sum(self, x):
+    return F.relu(self.a(x) + x)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda: network(seen, a=unit(6, 6), b=unit(6, 6)),
+        lambda: network(twice, a=unit(6, 6)),
+        lambda: network(used_before_the_sum, a=unit(6, 6, act=None)),
+        lambda: network(after_the_sum, a=unit(6, 6, act=None)),
+        lambda: network(lambda self, x: self.a(x) + 1, a=unit(6, 6)),
+        lambda: network(lambda self, x: torch.add(self.a(x), x, alpha=2), a=unit(6, 6)),
+        lambda: network(lambda self, x: self.a(x) + x, a=unit(6, 6, 3, 6, padding=1)),
+        lambda: unit(6, 6, 3, groups=2, padding=1),
+        lambda: nn.MaxPool2d(3, 1, 1),
+    ],
+)
+def test_anything_else_ends_a_run(block, calls):
+    pair = [unit(6, 6), unit(6, 6, 3, 6, padding=1)]
+    model = randomize(finish(*pair, block(), *copy.deepcopy(pair)))
+    fast = swap(model)
+    assert runs(fast)[""] == [(0, 2, 2), (3, 5, 2)]
+    x = image(2, 6, 8, 9)
+    with torch.no_grad():
+        y = fast(x)
+    assert len(calls) >= 2
+    assert torch.equal(y, one_by_one(fast, x))
+    torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layout_that_somebody_sees_is_no_run():
+    """Its results may not become channels_last."""
+    model = randomize(nn.Sequential(unit(6, 6), unit(6, 6)))
+    assert runs(swap(model)) == {}
+
+
+def test_one_convolution_is_no_run():
+    assert runs(swap(randomize(finish(unit(6, 6))))) == {}
+
+
+# ---- when it is taken --------------------------------------------------------------------------
+
+
+def hook_inside(fast):
+    seen = []
+    fast[2].conv[1].register_forward_hook(lambda m, args, y: seen.append(y))
+    return lambda: len(seen)
+
+
+def other_child(fast):
+    fast[3] = copy.deepcopy(fast[4])
+
+
+def other_child_inside(fast):
+    fast[3].conv[0] = copy.deepcopy(fast[4].conv[0])
+
+
+def pooled_forward(fast):
+    block = fast[3]
+    block.forward = lambda x: type(block).forward(block, x) * 2
+
+
+def decline(fast):
+    fast[2].conv[1][0].fusion.declined = "said so"
+
+
+def one_norm_in_training(fast):
+    fast[2].conv[1][1].train()
+
+
+def double(fast):
+    fast.double()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hook_inside, other_child, other_child_inside, pooled_forward, decline,
+        one_norm_in_training, double,
+    ],
+)  # fmt: skip
+def test_not_taken_where_somebody_could_tell(net, calls, change):
+    fast = swap(net)
+    x = image(2, 3, 20, 20)
+    with torch.no_grad():
+        fast(x)
+        assert len(calls) == 1
+        check = change(fast)
+        if change is double:
+            x = x.double()
+        y = fast(x)
+    assert len(calls) == 1
+    fast[0][1].eps = fast[0][1].eps  # nothing: the copy below starts from the same state
+    if change is not one_norm_in_training:  # its statistics move at every call
+        assert torch.equal(y, one_by_one(fast, x))
+    assert check is None or check() >= 1
+
+
+def test_not_taken_for_other_inputs(net, calls):
+    fast = swap(net)
+    x = image(2, 3, 20, 20)
+    for other in (x.double(), x.half()):
+        with pytest.raises(RuntimeError):
+            fast(other)
+    for wrong in (image(2, 4, 20, 20), image(3, 20, 20)):
+        try:
+            expected = net(wrong)
+        except (RuntimeError, ValueError) as error:
+            with pytest.raises(type(error)):
+                fast(wrong)
+        else:
+            torch.testing.assert_close(fast(wrong), expected)
+    assert fast(x[:0]).shape == (0, 5)
+    assert not calls
+
+
+def test_gradients_go_one_by_one(net, calls):
+    fast = swap(net)
+    x = image(2, 3, 20, 20)
+    fast(x).sum().backward()
+    ours = {name: p.grad.clone() for name, p in fast.named_parameters()}
+    net.zero_grad()
+    net(x).sum().backward()
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-3, atol=1e-4)
+    fast.requires_grad_(False)
+    fast(x.requires_grad_()).sum().backward()
+    assert not calls
+    fast(x.detach())
+    assert len(calls) == 1
+
+
+def test_autocast_and_training_mode(net, calls):
+    fast = swap(net)
+    x = image(2, 3, 20, 20)
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert fast(x).dtype == torch.bfloat16
+    with torch.no_grad():
+        fast.train()(x)
+    assert not calls
+
+
+def test_compile_export_and_trace(net, calls):
+    fast = swap(net)
+    x = image(2, 3, 20, 20)
+    with torch.no_grad():
+        expected = one_by_one(fast, x)
+        assert torch.allclose(torch.compile(fast, backend="aot_eager", fullgraph=True)(x), expected)
+        assert torch.allclose(torch.export.export(fast, (x,)).module()(x), expected)
+        assert not calls
+        traced = torch.jit.trace(fast, x, check_trace=False)
+        assert torch.allclose(traced(x), expected)
+        assert "conv_sequence" not in str(traced.inlined_graph)
+
+
+def weight_in_place(fast):
+    fast[2].conv[0][0].weight.mul_(1.5)
+
+
+def weight_data(fast):
+    fast[5][0].weight.data = fast[5][0].weight.data * 2
+
+
+def weight_exchanged(fast):
+    fast[1].conv[1][0].weight = nn.Parameter(torch.randn(20, 1, 3, 3))
+
+
+def statistics(fast):
+    fast[1].conv[1][1].running_var.data.mul_(3)
+
+
+def eps(fast):
+    fast[0][1].eps = 0.7
+
+
+def stride(fast):
+    fast[0][0].stride = (1, 1)
+
+
+def checkpoint(fast):
+    fast.load_state_dict(randomize(Net(), seed=9).state_dict())
+
+
+@pytest.mark.parametrize(
+    "change", [weight_in_place, weight_data, weight_exchanged, statistics, eps, stride, checkpoint]
+)
+def test_no_stale_constants(net, calls, change):
+    fast = swap(net)
+    x = image(2, 3, 20, 20)
+    with torch.no_grad():
+        before = fast(x)
+        change(fast)
+        after = fast(x)
+    assert len(calls) == 2
+    assert not torch.allclose(before, after)
+    assert torch.equal(after, one_by_one(fast, x))
+
+
+def test_copies_and_files(net, calls):
+    fast = swap(net)
+    x = image(1, 3, 20, 20)
+    with torch.no_grad():
+        y = fast(x)
+        other = copy.deepcopy(fast)
+        other[5][0].weight.zero_()
+        assert not torch.equal(other(x), y)
+        assert torch.equal(fast(x), y)
+        file = io.BytesIO()
+        torch.save(fast, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        assert torch.equal(loaded(x), y)
+        assert len(calls) == 4
+    assert not isinstance(restore(fast)[0][0], FusedConv2d)
+    assert "forward" not in net.__dict__
+
+
+def test_explain_tells(net):
+    assert "the model: 14 of them in one call each" in str(explain(swap(net)))
+
+
+def test_list_of_layers_called_otherwise(calls):
+    """A forward that steps through a Sequential itself never meets the run."""
+    layers = nn.Sequential(unit(3, 6), unit(6, 6), unit(6, 6))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x.mean((2, 3))
+
+    model = network(forward, layers=layers)
+    assert isinstance(model, Forward)
+    fast = swap(model)
+    x = image(1, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+    assert not calls
+
+
+# ---- the operator itself -------------------------------------------------------------------------
+
+ROW = [1, 8, 4, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, -1, 0]
+SIZE = 32 * 8 + 32 + 32 + 16
+
+
+@pytest.mark.parametrize(
+    "x,stages,size,message",
+    [
+        (torch.ones(1, 8, 4), [ROW], SIZE, r"x: expected a float32 CPU tensor .*\(1, 8, 4\)"),
+        (torch.ones(1, 8, 4, 4).double(), [ROW], SIZE, "x: expected a float32 CPU tensor"),
+        (torch.ones(0, 8, 4, 4), [ROW], SIZE, "x: expected .* not empty"),
+        (torch.ones(1, 9, 4, 4), [ROW], SIZE, "x: expected 8 channels, got 9"),
+        (torch.ones(1, 8, 4, 4), [ROW[:-1]], SIZE, r"stages: expected an int64 .*\(n, 16\)"),
+        (torch.ones(1, 8, 4, 4), [ROW, ROW], SIZE, "stages: expected 8 channels, got 4"),
+        (torch.ones(1, 8, 4, 4), [ROW], SIZE - 16, "an offset that lies within the constants"),
+        (torch.ones(1, 8, 4, 4), [[*ROW[:-1], -16]], SIZE, "an offset that lies within"),
+        (torch.ones(1, 8, 4, 4), [[*ROW[:5], 0, *ROW[6:]]], SIZE, "positive sizes, strides"),
+        (torch.ones(1, 8, 4, 4), [[*ROW[:9], -2, *ROW[10:]]], SIZE, "padding of at least 0"),
+        (torch.ones(1, 8, 4, 4), [[*ROW[:13], 99, *ROW[14:]]], SIZE, "a known activation"),
+        (torch.ones(1, 8, 4, 4), [[*ROW[:14], 0, 0]], SIZE, "an earlier value of the result's"),
+        (torch.ones(1, 8, 4, 4), [[*ROW[:14], 5, 0]], SIZE, "an earlier value of the result's"),
+        (torch.ones(1, 8, 4, 4), [[0, *ROW[1:]]], SIZE, "K a multiple of C"),
+        (torch.ones(1, 8, 4, 4), [[*ROW[:3], 7, 7, *ROW[5:]]], 9999, "x: expected a padded size"),
+    ],
+)
+def test_bad_input(x, stages, size, message):
+    with pytest.raises(RuntimeError, match=f"conv_sequence: .*{message}|conv_sequence: {message}"):
+        conv_sequence(x, torch.tensor(stages), torch.zeros(size))
