@@ -63,7 +63,7 @@ bench: install
 readme: install
 	@$(BIN)/python benchmarks/tables.py $(RESULTS) --write README.md
 
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 lint: install
 	@echo "== ruff, mypy, clang-format"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,0 +1,41 @@
+"""The CPU kernels under other compilers and on another processor: clang, and Arm's NEON emulated.
+
+Skipped where these tools are not installed (Debian: g++-aarch64-linux-gnu, qemu-user, clang).
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import INSTRUCTION_SETS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    "instruction_set,compiler,emulator",
+    [
+        ("baseline", ["aarch64-linux-gnu-g++", "-static"], ["qemu-aarch64"]),
+        *((name, ["clang++"], []) for name in ("baseline", "avx2", "avx512", "avx512_bf16")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_kernels(tmp_path, instruction_set, compiler, emulator):
+    for tool in (compiler[0], *emulator):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    if not emulator and instruction_set not in INSTRUCTION_SETS:
+        pytest.skip(f"{platform.machine()} without {instruction_set}")
+    program = tmp_path / "kernels"
+    sources = ["tests/cross/kernels.cpp", f"csrc/cpu/instruction_set_{instruction_set}.cpp"]
+    subprocess.run(
+        [*compiler, "-std=c++20", "-O2", "-Wno-psabi", f"-DMNET_ISA={instruction_set}",
+         "-Icsrc/cpu", *sources, "-o", program], cwd=ROOT, check=True,
+    )  # fmt: skip
+    done = subprocess.run([*emulator, program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all right" in done.stdout
