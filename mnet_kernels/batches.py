@@ -63,6 +63,7 @@ def loader(
         num_workers=workers,
         pin_memory=pin,
         persistent_workers=workers > 0,
+        generator=torch.Generator(),  # else it draws from the one that dropout uses
     )
 
 

@@ -29,8 +29,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())  # the content must be there before the name points to it
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # a write alone does not know it
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

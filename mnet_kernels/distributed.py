@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -80,6 +81,9 @@ def group(device: str | None = None) -> Iterator[Group]:
         yield Group(dist.get_rank(), dist.get_world_size(), place)
     finally:
         dist.destroy_process_group()
+        # A DistributedDataParallel that waits to be collected keeps gloo's threads running; where
+        # one of them frees a tensor while the interpreter shuts down, it aborts the process.
+        gc.collect()
 
 
 def lost_process(error: RuntimeError) -> str | None:

@@ -14,7 +14,9 @@ import io
 import math
 import os
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +118,10 @@ def train(
         reason = lost_process(error)
         if reason is None:
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold on to the other processes
         raise run.stopped(reason) from error
+    finally:
+        run.parallel = None
     return run.rows
 
 
@@ -150,7 +155,9 @@ class _Run:
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.precision == "fp16")
         # Named apart from the model itself, so that checkpoints do not depend on the wrapping.
         self.forward: Any = torch.compile(self.model) if recipe.compile else self.model
-        self.parallel = DistributedDataParallel(self.forward) if group.world > 1 else self.forward
+        self.parallel: Any = self.forward
+        if group.world > 1:
+            self.parallel = DistributedDataParallel(self.forward)
 
         self.batches = Shuffled(count, recipe.batch, recipe.seed, group.rank, group.world)
         pin = group.device.type == "cuda"
@@ -177,10 +184,8 @@ class _Run:
     def resume(self) -> None:
         """Take on the checkpoint's state."""
         state = checkpoint.load(self.path)
-        asked = {
-            **{name: getattr(self.recipe, name) for name in DECISIVE},
-            "classes": list(self.images.classes),
-        }
+        asked: dict[str, Any] = {"classes": list(self.images.classes)}
+        asked |= {name: getattr(self.recipe, name) for name in DECISIVE}
         held = {**state["recipe"], "classes": state["classes"]}
         for name, value in asked.items():
             if held.get(name) != value:
@@ -194,7 +199,8 @@ class _Run:
             self.scaler.load_state_dict(state["scaler"])
         self.rows = state["rows"]
         if self.group.is_main:
-            self._report()  # the interruption may have come before it was done
+            with self._saving("resuming"):
+                self._report()  # the interruption may have come before it was done
 
     def epoch(self, number: int) -> Row:
         """Train, validate, save."""
@@ -207,14 +213,9 @@ class _Run:
         row = dict(zip(COLUMNS, (*values, time.perf_counter() - start), strict=True))
         self.rows.append(row)
         if self.group.is_main:
-            try:
+            with self._saving(f"epoch {number}"):
                 self._save(number)
                 self._report()
-            except OSError as error:
-                raise self.stopped(
-                    f"epoch {number}: {error.filename or self.output} cannot be saved: "
-                    f"{error.strerror}"
-                ) from None
         return row
 
     def stopped(self, reason: str) -> Stopped:
@@ -277,6 +278,15 @@ class _Run:
             totals += torch.stack((loss.double(), right.double(), right.new_tensor(len(y))))
         loss_sum, hits, count = self.group.sum(totals).tolist()
         return loss_sum / count, hits / count
+
+    @contextmanager
+    def _saving(self, when: str) -> Iterator[None]:
+        """A disk that is full, or gone, stops the run."""
+        try:
+            yield
+        except OSError as error:
+            reason = f"{error.filename or self.output} cannot be written: {error.strerror}"
+            raise self.stopped(f"{when}: {reason}") from None
 
     def _save(self, epoch: int) -> None:
         """The checkpoint first: the other files can be made from it."""
