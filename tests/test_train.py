@@ -619,12 +619,13 @@ def problem(backend, frozen):
     model = mobilenet_v1(0.125, 10, dropout=0.0).double().train()
     x, y = torch.randn(16, 3, 32, 32, dtype=torch.float64), torch.arange(16) % 10
     if frozen:
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
         with torch.no_grad():
-            for _ in range(200):
-                model(x)  # statistics that fit, so that nothing vanishes
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
+            model(x)  # gives them statistics that fit, so that nothing vanishes
+        for norm in norms:
+            norm.eval()
     return swap(model) if backend == "swap" else model, x, y
 
 
