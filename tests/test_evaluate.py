@@ -18,6 +18,9 @@ from mnet_kernels.evaluate import candidate
 from mnet_kernels.recipe import Recipe
 
 pytest.importorskip("torchvision")
+# Keras' own.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 ROOT = Path(__file__).parents[1]
 SMALL = "mobilenet_v1:alpha=0.25,size=64,classes=12"
 

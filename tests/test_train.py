@@ -28,6 +28,9 @@ from mnet_kernels.recipe import Recipe
 from mnet_kernels.swap import sites, swap
 from mnet_kernels.train import Stopped
 
+# Keras' own.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 ROOT = Path(__file__).parents[1]
 TIMES = ("images_per_second", "seconds")
 

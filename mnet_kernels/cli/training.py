@@ -246,12 +246,13 @@ def _training_bar(
             bar.update(bar.tasks[0].id, description=text, completed=done)
 
         def on_epoch(row: Row) -> None:
-            click.echo(
+            print(  # not click.echo, which goes past the bar
                 f"epoch {row['epoch']:3.0f}  loss {row['train_loss']:.4f}  "
                 f"accuracy {row['train_accuracy']:6.2%}  "
                 f"validation loss {row['validation_loss']:.4f}  "
                 f"accuracy {row['validation_accuracy']:6.2%}  "
-                f"{row['images_per_second']:,.0f} images/s"
+                f"{row['images_per_second']:,.0f} images/s",
+                flush=True,
             )
 
         if is_main:
@@ -264,7 +265,7 @@ def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{result['model']}, {result['images']:,} pictures of {result['data']}")
+    table = Table()
     for column in ("", "top-1", "top-5", "images/s"):
         table.add_column(column, justify="right" if column else "left")
     for way, row in result["ways"].items():
@@ -272,6 +273,7 @@ def _show(result: dict[str, Any]) -> None:
             way, f"{row['top1']:.2%}", f"{row['top5']:.2%}", f"{row['images_per_second']:,.0f}"
         )
     console = Console(highlight=False)
+    console.print(f"{result['model']}, {result['images']:,} pictures of {result['data']}")
     console.print(table)
     console.print(
         f"Weights: {result['weights']}; preprocessing: {result['preprocess']}. The same best class "
