@@ -255,7 +255,7 @@ def furthest(a, b):
 
 
 def test_native_and_swapped_stay_together_over_100_steps():
-    native = mobilenet_v1(0.25, 10, dropout=0.0).double()
+    native = mobilenet_v1(0.125, 10, dropout=0.0).double()
     before = {k: v.clone() for k, v in native.state_dict().items()}
     expected = hundred_steps(native)
     assert expected[0][-10:].mean() < 0.8 * expected[0][:10].mean(), "it learns"
@@ -266,7 +266,7 @@ def test_native_and_swapped_stay_together_over_100_steps():
 
 
 def test_staying_together_would_notice_a_part_in_a_million():
-    native = mobilenet_v1(0.25, 10, dropout=0.0).double()
+    native = mobilenet_v1(0.125, 10, dropout=0.0).double()
     before = {k: v.clone() for k, v in native.state_dict().items()}
     expected = hundred_steps(native, 10)
     native.load_state_dict(before)
@@ -336,7 +336,7 @@ def test_lower_precisions_train_and_resume(small, tmp_path, precision):
     small = replace(small, precision=precision, epochs=2)
     rows = train.train(small, tmp_path / "whole")
     assert all(np.isfinite(row["train_loss"]) for row in rows)
-    exact = train.train(replace(small, precision="fp32"), tmp_path / "exact")
+    exact = train.train(replace(small, precision="fp32", epochs=1), tmp_path / "exact")
     assert rows[0]["train_loss"] != exact[0]["train_loss"], "autocast was on"
     assert rows[0]["train_loss"] == pytest.approx(exact[0]["train_loss"], rel=0.1)
     train.train(replace(small, epochs=1), tmp_path / "parts")
