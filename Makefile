@@ -29,7 +29,7 @@ $(VENV)/.packages: $(VENV)/.python constraints.txt pyproject.toml
 	@echo "== installing torch and what the demo and the tests need (a few minutes the first time)"
 	@$(PIP) install --quiet --progress-bar off $(PINS) torch torchvision
 	@$(PIP) install --quiet --progress-bar off $(PINS) setuptools wheel ninja pybind11 \
-	  $$($(BIN)/python .ci/requirements.py demo keras test lint)
+	  $$($(BIN)/python .ci/requirements.py demo keras train test lint)
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)

@@ -181,7 +181,7 @@ def find_mobilenet_v2_weights() -> Path | None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A PyTorch state dict from a file.
+    """A PyTorch state dict from a file: torch.save's or .safetensors, also inside a checkpoint.
 
     Where the file's name carries the start of its sha256, as torchvision's do
     (``name-b0353104.pth``), the content must match.
@@ -199,13 +199,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 f"weights {path}: expected a sha256 that begins with {named[1]}, "
                 f"got {actual[: len(named[1])]} ({_kind(path)})"
             )
+    load: Callable[[Path], Any] = partial(torch.load, map_location="cpu", weights_only=True)
+    if path.suffix == ".safetensors":
+        load = require("safetensors.torch", "safetensors").load_file
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state = load(path)
     except Exception as error:  # the unpickler fails in as many ways as a file can be broken
         reason = str(error).strip().partition("\n")[0][:120] or type(error).__name__
         raise InputError(
             f"weights {path}: expected a PyTorch state dict, got {_kind(path)}: {reason}"
         ) from None
+    for key in ("model", "state_dict"):  # where training programs keep it, ours too
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(
             f"weights {path}: expected a state dict (names and tensors), got {type(state).__name__}"
