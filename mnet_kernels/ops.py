@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnet_kernels import _C, backends, reference  # noqa: F401  (_C registers the operators)
+from mnet_kernels import _C, backends, reference, registration  # noqa: F401  (_C: operators)
 
 IntOrInts = int | Sequence[int]
 
@@ -70,8 +70,11 @@ def dwconv_bn_act(
     args = (x, weight, scale, shift, stride, padding, dilation, activation, slope)
     if backend is None and isinstance(x, Tensor) and x.is_cpu:
         return _dwconv_bn_act(*args)
-    if _select("dwconv_bn_act", backend, x) == "cpu":
+    chosen = _select("dwconv_bn_act", backend, x)
+    if chosen == "cpu":
         return _dwconv_bn_act(*args)
+    if chosen == "triton":
+        return _triton_dwconv_bn_act(*args)
     return _native("dwconv_bn_act", 0, *args)
 
 
@@ -186,6 +189,18 @@ def _native(op: str, groups: int, x: Tensor, weight: Tensor, *rest) -> Tensor:
     )  # fmt: skip
 
 
+def _triton_dwconv_bn_act(x, weight, scale, shift, stride, padding, dilation, *rest) -> Tensor:
+    from mnet_kernels.triton.operators import dwconv_bn_act  # importing triton takes a second
+
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type):
+        constants = (stride, padding, dilation, 0, *rest)
+        _check("dwconv_bn_act", x, weight, scale, shift, *constants)
+    stride, dilation = _pair(stride), _pair(dilation)
+    padding = (padding,) if isinstance(padding, int) else tuple(padding)
+    padding = _explicit_padding(x, weight, stride, padding, dilation)
+    return dwconv_bn_act(x, weight, scale, shift, stride, padding, dilation, *rest)
+
+
 def _select(op: str, backend: str | None, x: Tensor) -> str:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x: expected a Tensor, got {type(x).__name__}")
@@ -222,7 +237,7 @@ def _dwconv_bn_act_fake(x, weight, scale, shift, stride, padding, dilation, acti
     pad = _explicit_padding(x, weight, _pair(stride), padding, _pair(dilation))
     out_h, out_w = _output_size(x, weight, stride, pad, dilation)
     y = x.new_empty((x.shape[0], weight.shape[0], out_h, out_w))
-    return y.to(memory_format=_layout(x))
+    return y.to(memory_format=registration.layout_of(x))
 
 
 @torch.library.register_fake("mnet_kernels::conv_bn_act_packed")
@@ -259,15 +274,6 @@ def _output_size(x, weight, stride, pad, dilation):
         torch._check(room >= 0, lambda: "the padded size of x is below that of the dilated kernel")
         size.append(room // s + 1)
     return size
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    """The output's layout; csrc/tensor.h (layout_of) says the same."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    if x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1:
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 # ---- autograd: frozen statistics, the pre-activation is recomputed ----
@@ -322,40 +328,7 @@ torch.library.register_autograd(
 )
 
 
-# ---- autocast: x and weight as native convolution; scale and shift stay float32 ----
-_library = torch.library.Library("mnet_kernels", "FRAGMENT")
-
-
-def _register_autocast(device_type: str) -> None:
-    def autocast(x, weight, *rest):
-        dtype = torch.get_autocast_dtype(device_type)
-
-        def cast(t: Tensor) -> Tensor:
-            return t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
-
-        with torch.autocast(device_type, enabled=False):
-            return _dwconv_bn_act(cast(x), cast(weight), *rest)
-
-    _library.impl("dwconv_bn_act", autocast, f"Autocast{device_type.upper()}")
-
-
-_register_autocast("cpu")
-_register_autocast("cuda")
-
-
-# ---- vmap ----
-@torch.library.register_vmap("mnet_kernels::dwconv_bn_act")
-def _vmap(info, in_dims, x, weight, scale, shift, *constants):
-    tensors = (x, weight, scale, shift)
-    if in_dims[1] is None and in_dims[2] is None and in_dims[3] is None:
-        stacked = x.movedim(in_dims[0], 0)  # only x is batched: more images
-        y = _dwconv_bn_act(stacked.flatten(0, 1), weight, scale, shift, *constants)
-        return y.unflatten(0, stacked.shape[:2]), 0
-    rows = [
-        _dwconv_bn_act(
-            *(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=False)),
-            *constants,
-        )
-        for i in range(info.batch_size)
-    ]
-    return torch.stack(rows), 0
+# ---- autocast, vmap ----
+registration.register_autocast("dwconv_bn_act", _dwconv_bn_act, "cpu")
+registration.register_autocast("dwconv_bn_act", _dwconv_bn_act, "cuda")
+registration.register_vmap("dwconv_bn_act", _dwconv_bn_act)

@@ -1,0 +1,119 @@
+"""Which configurations the autotuner tries: few, each with a reason, fewer still for a shape.
+
+A program has 128 threads. In channels_last a thread moves 16 bytes of channels (8 of bfloat16, 4 of
+float32), and in contiguous as many columns as the width allows. Larger patches load an input fewer
+times, (ROWS + 2) * (COLS + 2) tiles instead of 9 * ROWS * COLS for a 3x3 kernel with stride 1, and
+take more registers: 64 float32 sums a thread is the most.
+
+The choice is kept for a layer and an input size whatever the batch, and on disk by Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+
+_THREADS = 128
+_BLOCKS = (64, 32, 16, 8)  # channels; 64 of bfloat16 are a 128-byte line
+_MOST_UNROLLED = 400  # multiply-adds of tiles: what a program's code holds
+
+
+def _config(rows: int, cols: int, block_c: int, vector: int) -> triton.Config:
+    lanes = _THREADS * vector // block_c
+    return triton.Config(
+        {"ROWS": rows, "COLS": cols, "LANES": lanes, "BLOCK_C": block_c}, num_warps=_THREADS // 32
+    )
+
+
+def _configs(channels_last: list[tuple[int, int]], contiguous: list[int]) -> list[triton.Config]:
+    """Patches (ROWS, COLS) for channels_last; ROWS for contiguous, with every number of COLS."""
+    return [
+        _config(rows, cols, block_c, vector)
+        for rows, cols in channels_last
+        for block_c in _BLOCKS
+        for vector in (8, 4)
+    ] + [_config(rows, cols, 1, 1) for rows in contiguous for cols in (8, 4, 2, 1)]
+
+
+FORWARD = _configs([(1, 1), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
+DATA = _configs([(1, 1), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
+# A sum for every tap stays in registers, next to the patch.
+WEIGHT = _configs([(1, 1), (1, 2), (2, 2)], [1, 2, 7])
+
+#: What the choice depends on, besides dtypes. No batch size: that would tune again for each.
+_KEY = [
+    "H", "W", "OH", "OW", "C", "M", "KH", "KW", "SH", "SW", "DH", "DW", "TOP", "LEFT",
+    "CHANNELS_LAST",
+]  # fmt: skip
+
+
+def autotune(configs: list[triton.Config]) -> Callable:
+    return triton.autotune(
+        configs=configs,
+        key=_KEY,
+        prune_configs_by={"early_config_prune": _Prune(configs)},
+        cache_results=True,
+    )
+
+
+def prune(kind: list[triton.Config], itemsize: int, shape: dict[str, Any]) -> list[triton.Config]:
+    """The configurations of FORWARD, DATA or WEIGHT that fit a call.
+
+    Args:
+        itemsize: of x, bytes.
+        shape: the kernel's arguments by name.
+    """
+    fitting = [c for c in kind if _fits(kind, c.kwargs, itemsize, shape)]
+    if not shape["CHANNELS_LAST"]:  # the widest vectors that fit
+        widest = max(c.kwargs["COLS"] for c in fitting)
+        fitting = [c for c in fitting if c.kwargs["COLS"] == widest]
+    # A patch of one pixel is for kernels and planes that no other fits.
+    larger = [c for c in fitting if c.kwargs["ROWS"] * c.kwargs["COLS"] > 1]
+    return larger or fitting
+
+
+def _fits(kind: list, config: dict[str, int], itemsize: int, shape: dict[str, Any]) -> bool:
+    rows, cols, lanes = config["ROWS"], config["COLS"], config["LANES"]
+    height, width = shape["OH"], shape["OW"]
+    patch_h, patch_w = rows, cols
+    if kind is DATA:
+        height, width = shape["H"], shape["W"]
+        patch_h, patch_w = rows * shape["SH"], cols * shape["SW"]
+    one_pixel = rows * cols == 1
+    if not (one_pixel or shape.get("UNROLL", True)):
+        return False
+    taps = shape["KH"] * shape["KW"] if kind is not WEIGHT else 9
+    if not one_pixel and (
+        patch_h * patch_w * taps > _MOST_UNROLLED or rows > height or cols > width
+    ):
+        return False
+    if kind is WEIGHT and (height % rows or width % cols):
+        return False  # its patches cover the plane exactly
+    if shape["CHANNELS_LAST"]:
+        channels = shape["C"] * (1 if kind is DATA else shape["M"])
+        vector = lanes * config["BLOCK_C"] // _THREADS
+        return vector == 16 // itemsize and config["BLOCK_C"] == _block(channels)
+    if rows == 7 and height % 7:
+        return False
+    columns = cols * shape["SW"]  # of x; cols of y
+    whole = columns & (columns - 1) == 0 and shape["W"] % columns == 0 and shape["OW"] % cols == 0
+    return config["BLOCK_C"] == 1 and (cols == 1 or (columns * itemsize <= 16 and whole))
+
+
+def _block(channels: int) -> int:
+    """The widest block of channels that leaves at most an eighth of its lanes idle."""
+    return next((b for b in _BLOCKS if -(-channels // b) * b * 8 <= channels * 9), _BLOCKS[-1])
+
+
+class _Prune:
+    """early_config_prune of one kernel. Triton gives the positional arguments by name, torch's
+    tracing the same."""
+
+    def __init__(self, kind: list[triton.Config]) -> None:
+        self.kind = kind
+
+    def __call__(self, configs, named, **constants):
+        itemsize = named["w_ptr" if self.kind is not WEIGHT else "x_ptr"].dtype.itemsize
+        return prune(self.kind, itemsize, named | constants)
