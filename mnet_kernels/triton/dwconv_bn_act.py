@@ -49,14 +49,14 @@ def convolve(
     for r in tl.static_range(ROWS):
         sums = ()
         for _ in tl.static_range(COLS):
-            sums = sums + (tl.zeros((LANES, BLOCK_C), tl.float32),)
+            sums = sums + (tl.full((LANES, BLOCK_C), 0.0, tl.float32),)
         if UNROLL:
             for i in tl.static_range(KH):
                 row = base + (r * SH + i * DH) * (W * STEP)
                 row_mask = mask & (h + (r * SH + i * DH) >= 0) & (h + (r * SH + i * DH) < H)
                 vector = ()
                 if VECTOR > 1:
-                    vector = load_columns(row, row_mask, LANES, VECTOR)
+                    vector = load_columns(row, row_mask & (w < W), LANES, VECTOR)
                 for j in tl.static_range(KW):
                     tap = weight_at(w_ptr, k, k_exists, i * KW + j, C * M, KH * KW, CHANNELS_LAST)
                     added = ()
@@ -113,7 +113,7 @@ def _forward(
             y = y + (activate(ACTIVATION, conv[r * COLS + t] * scale + shift, slope),)
         store_row(
             y_ptr, y, n, k, gh * ROWS + r, gw * COLS, exists & k_exists, C * M, OH, OW,
-            CHANNELS_LAST, COLS, LANES,
+            CHANNELS_LAST, True, LANES,
         )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from mnet_kernels.triton.tile import (
 )
 
 
-@tuning.autotune(tuning.FORWARD)
+@tuning.autotune(tuning.CONV)
 @triton.jit(do_not_specialize=(*arguments.SIZES, "CHUNKS"))
 def _backward_conv(
     dy_ptr,  # (N, C*M, OH, OW), laid out as x
@@ -56,8 +56,8 @@ def _backward_conv(
     k, k_exists = channels(tl.program_id(0) % BLOCKS, C * M, BLOCK_C)
     scale = per_channel(scale_ptr, k, k_exists, 1.0)
     shift = per_channel(shift_ptr, k, k_exists, 0.0)
-    dscale = tl.zeros((LANES, BLOCK_C), tl.float32)
-    dshift = tl.zeros((LANES, BLOCK_C), tl.float32)
+    dscale = tl.full((LANES, BLOCK_C), 0.0, tl.float32)
+    dshift = tl.full((LANES, BLOCK_C), 0.0, tl.float32)
     for tile in range(chunk, tl.cdiv(N * GH * GW, LANES), CHUNKS):
         n, gh, gw, exists = patches(tile, N, GH, GW, LANES, WIDE)
         conv = convolve(
@@ -80,7 +80,7 @@ def _backward_conv(
                 dconv = dconv + (dz * scale,)
             store_row(
                 dconv_ptr, dconv, n, k, h, gw * COLS, exists & k_exists, C * M, OH, OW,
-                CHANNELS_LAST, COLS, LANES,
+                CHANNELS_LAST, True, LANES,
             )  # fmt: skip
     partial = partial_ptr + chunk * (2 * C * M) + k
     tl.store(partial, tl.sum(dscale, 0)[None, :], k_exists)
@@ -114,10 +114,11 @@ def _backward_data(
     )
     c, c_exists = channels(pid % BLOCKS, C, BLOCK_C)
     mask = exists & c_exists
+    dx = ()
     for r in tl.static_range(HEIGHT):
         sums = ()
         for _ in tl.static_range(WIDTH):
-            sums = sums + (tl.zeros((LANES, BLOCK_C), tl.float32),)
+            sums = sums + (tl.full((LANES, BLOCK_C), 0.0, tl.float32),)
         for m in tl.static_range(M):
             k = c * M + m
             if UNROLL:
@@ -129,7 +130,7 @@ def _backward_data(
                         row_mask = mask & (gh * ROWS + h >= 0) & (gh * ROWS + h < OH)
                         vector = ()
                         if VECTOR > 1:
-                            vector = load_columns(row, row_mask, LANES, VECTOR)
+                            vector = load_columns(row, row_mask & (gw * COLS < OW), LANES, VECTOR)
                         for j in tl.static_range(KW):
                             tap = weight_at(
                                 w_ptr, k, c_exists, i * KW + j, C * M, KH * KW, CHANNELS_LAST
@@ -162,9 +163,11 @@ def _backward_data(
                         )
                         sum += value * tap
                 sums = (sum,)
+        dx = dx + (sums,)
+    for r in tl.static_range(HEIGHT):  # after all loads: none is kept across a store
         store_row(
-            dx_ptr, sums, n, c, gh * HEIGHT + r, gw * WIDTH, mask, C, H, W,
-            CHANNELS_LAST, WIDTH, LANES,
+            dx_ptr, dx[r], n, c, gh * HEIGHT + r, gw * WIDTH, mask, C, H, W,
+            CHANNELS_LAST, COLS > 1, LANES,
         )  # fmt: skip
 
 
@@ -185,6 +188,8 @@ def _backward_weight(
     the kernel's taps."""
     BLOCKS: tl.constexpr = tl.cdiv(C * M, BLOCK_C)
     STEP: tl.constexpr = C if CHANNELS_LAST else 1
+    VECTOR: tl.constexpr = COLS * SW if COLS > 1 and TAP_COLS >= KW and not CHANNELS_LAST else 1
+    W = W // VECTOR * VECTOR
     GH = tl.cdiv(OH, ROWS)
     GW = tl.cdiv(OW, COLS)
     chunk = tl.program_id(0) // BLOCKS
@@ -193,12 +198,14 @@ def _backward_weight(
     tap_w = tl.program_id(2) * TAP_COLS
     sums = ()
     for _ in tl.static_range(TAP_ROWS * TAP_COLS):
-        sums = sums + (tl.zeros((LANES, BLOCK_C), tl.float32),)
+        sums = sums + (tl.full((LANES, BLOCK_C), 0.0, tl.float32),)
     for tile in range(chunk, tl.cdiv(N * GH * GW, LANES), CHUNKS):
         n, gh, gw, exists = patches(tile, N, GH, GW, LANES, WIDE)
         mask = exists & k_exists
         h = gh * (ROWS * SH) - TOP + tap_h * DH
-        w = gw * (COLS * SW) - LEFT + tap_w * DW
+        w = gw * (COLS * SW)
+        if TAP_COLS < KW:
+            w += tap_w * DW
         base = x_ptr + pixel(n, k // M, h, w, C, H, W, CHANNELS_LAST)
         for r in tl.static_range(ROWS):
             dconv = load_row(
@@ -209,10 +216,13 @@ def _backward_weight(
             for i in tl.static_range(TAP_ROWS):
                 row = base + (r * SH + i * DH) * (W * STEP)
                 row_mask = mask & (h + (r * SH + i * DH) >= 0) & (h + (r * SH + i * DH) < H)
+                vector = ()
+                if VECTOR > 1:
+                    vector = load_columns(row, row_mask & (w < W), LANES, VECTOR)
                 for j in tl.static_range(TAP_COLS):
                     sum = sums[i * TAP_COLS + j]
                     for t in tl.static_range(COLS):
-                        value = column(row, (), t * SW + j * DW, STEP, w, W, row_mask)
+                        value = column(row, vector, t * SW + j * DW - LEFT, STEP, w, W, row_mask)
                         sum += value * dconv[t].to(tl.float32)
                     added = added + (sum,)
             sums = added

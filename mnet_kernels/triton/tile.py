@@ -121,14 +121,15 @@ def load_row(
     ptr, n, c, h, w, mask, C: tl.constexpr, H, W,
     CHANNELS_LAST: tl.constexpr, COLS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of columns w ... w + COLS - 1 of row h, as stored; 0 outside the plane."""
+    """The tiles of columns w ... w + COLS - 1 of row h, as stored; 0 outside the plane. In
+    contiguous COLS divides W."""
     mask = mask & (h < H)
     if CHANNELS_LAST:
         row = ptr + pixel(n, c, h, w, C, H, W, CHANNELS_LAST)
         values = ()
         for t in tl.static_range(COLS):
             values = values + (tl.load(row + t * C, mask & (w + t < W), other=0.0),)
-    else:  # COLS divides W
+    else:
         row = ptr + pixel(n, c, h, w, C, H, W // COLS * COLS, CHANNELS_LAST)
         values = load_columns(row, mask, LANES, COLS)
     return values
@@ -137,14 +138,17 @@ def load_row(
 @triton.jit
 def store_row(
     ptr, values, n, c, h, w, mask, C: tl.constexpr, H, W,
-    CHANNELS_LAST: tl.constexpr, COLS: tl.constexpr, LANES: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The reverse of load_row; rounds to the pointer's type."""
+    """The reverse of load_row; rounds to the pointer's type. WHOLE: the columns divide W, and in
+    contiguous are stored at once."""
+    COLS: tl.constexpr = len(values)
     mask = mask & (h < H)
-    if CHANNELS_LAST:
+    if CHANNELS_LAST or not WHOLE:
         row = ptr + pixel(n, c, h, w, C, H, W, CHANNELS_LAST)
+        STEP: tl.constexpr = C if CHANNELS_LAST else 1
         for t in tl.static_range(COLS):
-            tl.store(row + t * C, values[t].to(ptr.dtype.element_ty), mask & (w + t < W))
+            tl.store(row + t * STEP, values[t].to(ptr.dtype.element_ty), mask & (w + t < W))
     else:
         row = ptr + pixel(n, c, h, w, C, H, W // COLS * COLS, CHANNELS_LAST)
         store_columns(row, values, mask, LANES, COLS)

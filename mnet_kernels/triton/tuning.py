@@ -17,7 +17,9 @@ import triton
 
 _THREADS = 128
 _BLOCKS = (64, 32, 16, 8)  # channels; 64 of bfloat16 are a 128-byte line
-_MOST_UNROLLED = 400  # multiply-adds of tiles: what a program's code holds
+#: Multiply-adds of tiles in a program: what its registers hold in channels_last, where a thread's
+#: part of a tile is a vector; what its code may grow to in contiguous, where it is one number.
+_MOST_UNROLLED = {True: 128, False: 400}
 
 
 def _config(rows: int, cols: int, block_c: int, vector: int) -> triton.Config:
@@ -37,10 +39,11 @@ def _configs(channels_last: list[tuple[int, int]], contiguous: list[int]) -> lis
     ] + [_config(rows, cols, 1, 1) for rows in contiguous for cols in (8, 4, 2, 1)]
 
 
-FORWARD = _configs([(1, 1), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
-DATA = _configs([(1, 1), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
-# A sum for every tap stays in registers, next to the patch.
-WEIGHT = _configs([(1, 1), (1, 2), (2, 2)], [1, 2, 7])
+FORWARD = _configs([(1, 1), (1, 2), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
+# Next to the patch: two sums a channel; the whole of dx before it is stored; a sum for every tap.
+CONV = _configs([(1, 1), (1, 2), (1, 4), (2, 2)], [1, 2, 4, 7])
+DATA = _configs([(1, 1), (1, 2), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
+WEIGHT = _configs([(1, 1), (1, 2), (2, 2)], [1, 2])
 
 #: What the choice depends on, besides dtypes. No batch size: that would tune again for each.
 _KEY = [
@@ -59,7 +62,7 @@ def autotune(configs: list[triton.Config]) -> Callable:
 
 
 def prune(kind: list[triton.Config], itemsize: int, shape: dict[str, Any]) -> list[triton.Config]:
-    """The configurations of FORWARD, DATA or WEIGHT that fit a call.
+    """At most three configurations of FORWARD, CONV, DATA or WEIGHT: the largest patches that fit.
 
     Args:
         itemsize: of x, bytes.
@@ -69,37 +72,32 @@ def prune(kind: list[triton.Config], itemsize: int, shape: dict[str, Any]) -> li
     if not shape["CHANNELS_LAST"]:  # the widest vectors that fit
         widest = max(c.kwargs["COLS"] for c in fitting)
         fitting = [c for c in fitting if c.kwargs["COLS"] == widest]
-    # A patch of one pixel is for kernels and planes that no other fits.
-    larger = [c for c in fitting if c.kwargs["ROWS"] * c.kwargs["COLS"] > 1]
-    return larger or fitting
+    return fitting[-3:]
 
 
 def _fits(kind: list, config: dict[str, int], itemsize: int, shape: dict[str, Any]) -> bool:
-    rows, cols, lanes = config["ROWS"], config["COLS"], config["LANES"]
-    height, width = shape["OH"], shape["OW"]
-    patch_h, patch_w = rows, cols
-    if kind is DATA:
-        height, width = shape["H"], shape["W"]
-        patch_h, patch_w = rows * shape["SH"], cols * shape["SW"]
-    one_pixel = rows * cols == 1
-    if not (one_pixel or shape.get("UNROLL", True)):
-        return False
-    taps = shape["KH"] * shape["KW"] if kind is not WEIGHT else 9
-    if not one_pixel and (
-        patch_h * patch_w * taps > _MOST_UNROLLED or rows > height or cols > width
-    ):
-        return False
+    rows, cols = config["ROWS"], config["COLS"]
+    channels_last = shape["CHANNELS_LAST"]
+    of_x = kind is DATA  # patches of x, a stride larger
+    height, width = (shape["H"], shape["W"]) if of_x else (shape["OH"], shape["OW"])
+    patch = rows * cols * (shape["SH"] * shape["SW"] if of_x else 1)
+    if rows * cols > 1:
+        taps = shape["KH"] * shape["KW"] if kind is not WEIGHT else 9
+        if not shape.get("UNROLL", True) or rows > height or cols > width:
+            return False
+        if rows * cols * taps > _MOST_UNROLLED[channels_last] or (channels_last and patch > 16):
+            return False
     if kind is WEIGHT and (height % rows or width % cols):
         return False  # its patches cover the plane exactly
-    if shape["CHANNELS_LAST"]:
-        channels = shape["C"] * (1 if kind is DATA else shape["M"])
-        vector = lanes * config["BLOCK_C"] // _THREADS
+    if channels_last:
+        vector = config["LANES"] * config["BLOCK_C"] // _THREADS
+        channels = shape["C"] * (1 if of_x else shape["M"])
         return vector == 16 // itemsize and config["BLOCK_C"] == _block(channels)
-    if rows == 7 and height % 7:
+    if config["BLOCK_C"] > 1 or (rows == 7 and height % 7):
         return False
-    columns = cols * shape["SW"]  # of x; cols of y
+    columns = cols * shape["SW"]  # of x, for cols of y
     whole = columns & (columns - 1) == 0 and shape["W"] % columns == 0 and shape["OW"] % cols == 0
-    return config["BLOCK_C"] == 1 and (cols == 1 or (columns * itemsize <= 16 and whole))
+    return cols == 1 or (whole and columns * itemsize <= 16)
 
 
 def _block(channels: int) -> int:
