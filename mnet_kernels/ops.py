@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnet_kernels import _C, backends, reference, registration  # noqa: F401  (_C: operators)
-
-IntOrInts = int | Sequence[int]
+from mnet_kernels.registration import IntOrInts
+from mnet_kernels.registration import explicit_padding as _explicit_padding
+from mnet_kernels.registration import pair as _pair
 
 _check = torch.ops.mnet_kernels.check_conv.default
 _dwconv_bn_act = torch.ops.mnet_kernels.dwconv_bn_act.default
@@ -189,16 +189,10 @@ def _native(op: str, groups: int, x: Tensor, weight: Tensor, *rest) -> Tensor:
     )  # fmt: skip
 
 
-def _triton_dwconv_bn_act(x, weight, scale, shift, stride, padding, dilation, *rest) -> Tensor:
+def _triton_dwconv_bn_act(*args) -> Tensor:
     from mnet_kernels.triton.operators import dwconv_bn_act  # importing triton takes a second
 
-    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type):
-        constants = (stride, padding, dilation, 0, *rest)
-        _check("dwconv_bn_act", x, weight, scale, shift, *constants)
-    stride, dilation = _pair(stride), _pair(dilation)
-    padding = (padding,) if isinstance(padding, int) else tuple(padding)
-    padding = _explicit_padding(x, weight, stride, padding, dilation)
-    return dwconv_bn_act(x, weight, scale, shift, stride, padding, dilation, *rest)
+    return dwconv_bn_act(*args)
 
 
 def _select(op: str, backend: str | None, x: Tensor) -> str:
@@ -210,17 +204,6 @@ def _select(op: str, backend: str | None, x: Tensor) -> str:
 def _static(value: Any) -> Any:
     """Plain ints for the operator where torch.compile holds symbolic ones."""
     return operator.index(value) if isinstance(value, int) else [operator.index(v) for v in value]
-
-
-def _pair(value: IntOrInts) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
-def _explicit_padding(x, weight, stride, padding, dilation) -> tuple[int, int, int, int]:
-    if len(padding) == 0:
-        return reference.same_padding(x.shape[2:], weight.shape[2:], stride, dilation)
-    top, left = padding[0], padding[1 % len(padding)]
-    return (top, left, top, left) if len(padding) < 4 else tuple(padding)
 
 
 # ---- torch.compile, torch.export ----

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from mnet_kernels import reference
+
+IntOrInts = int | Sequence[int]
+
 _library = torch.library.Library("mnet_kernels", "FRAGMENT")
+
+
+def pair(value: IntOrInts) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def explicit_padding(x, weight, stride, padding, dilation) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) of padding as the operators take it; () is "same"."""
+    if len(padding) == 0:
+        return reference.same_padding(x.shape[2:], weight.shape[2:], stride, dilation)
+    top, left = padding[0], padding[1 % len(padding)]
+    return (top, left, top, left) if len(padding) < 4 else tuple(padding)
 
 
 def layout_of(x: Tensor) -> torch.memory_format:

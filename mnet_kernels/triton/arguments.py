@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mnet_kernels.registration import layout_of
+from mnet_kernels.registration import explicit_padding, layout_of, pair
 
 #: In the operators' schemas, behind the tensors.
-CONSTANTS = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, str activation, float slope"
+CONSTANTS = "int[2] stride, int[4] padding, int[2] dilation, str activation, float slope"
 #: The kernels' run-time integers: another value compiles nothing.
 SIZES = ("N", "H", "W", "OH", "OW")
 _UNROLLED_TAPS = 49
@@ -23,7 +23,7 @@ def dense(t: Tensor | None) -> Tensor | None:
 
 
 def check(x, weight, scale, shift, stride, padding, dilation, activation, slope) -> None:
-    """The checks of every backend; of the shapes that kernels trust while torch traces."""
+    """The checks of every backend; while torch traces, those of the shapes that kernels trust."""
     if type(x) is Tensor and not torch.compiler.is_compiling():
         torch.ops.mnet_kernels.check_conv.default(
             "dwconv_bn_act", x, weight, scale, shift, stride, padding, dilation, 0, activation,
@@ -36,7 +36,8 @@ def check(x, weight, scale, shift, stride, padding, dilation, activation, slope)
 
 
 def empty_output(x, weight, stride, padding, dilation) -> Tensor:
-    top, left, bottom, right = padding
+    stride, dilation = pair(stride), pair(dilation)
+    top, left, bottom, right = explicit_padding(x, weight, stride, padding, dilation)
     room_h = x.shape[2] + top + bottom - (weight.shape[2] - 1) * dilation[0] - 1
     room_w = x.shape[3] + left + right - (weight.shape[3] - 1) * dilation[1] - 1
     torch._check(room_h >= 0 and room_w >= 0)
@@ -52,7 +53,8 @@ class Call:
     """
 
     def __init__(self, x: Tensor, weight: Tensor, y: Tensor, stride, padding, dilation) -> None:
-        top, left, bottom, right = padding
+        stride, dilation = pair(stride), pair(dilation)
+        top, left, bottom, right = explicit_padding(x, weight, stride, padding, dilation)
         reach = max(x.shape[2] + top + bottom, x.shape[3] + left + right)
         KH, KW = weight.shape[2:]
         self.layout = layout_of(x)

@@ -124,8 +124,7 @@ def _forward(
     f"{arguments.CONSTANTS}) -> Tensor",
 )
 def dwconv_bn_act(x, weight, scale, shift, stride, padding, dilation, activation, slope):
-    """mnet_kernels.dwconv_bn_act; stride and dilation are pairs, padding is (top, left, bottom,
-    right)."""
+    """mnet_kernels.dwconv_bn_act; an empty padding is "same"."""
     arguments.check(x, weight, scale, shift, stride, padding, dilation, activation, slope)
     y = _output(x, weight, scale, shift, stride, padding, dilation, activation, slope)
     if x.shape[0] == 0:

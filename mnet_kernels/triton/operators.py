@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mnet_kernels import reference
-from mnet_kernels.registration import register_autocast, register_vmap
+from mnet_kernels.registration import explicit_padding, pair, register_autocast, register_vmap
 from mnet_kernels.triton.dwconv_bn_act import dwconv_bn_act
 from mnet_kernels.triton.dwconv_bn_act_backward import dwconv_bn_act_backward
 
@@ -28,6 +28,8 @@ def _backward(ctx, dy):
 
 def _differentiable_gradients(dy, tensors, constants, needed):
     stride, padding, dilation, activation, slope = constants
+    stride, dilation = pair(stride), pair(dilation)
+    padding = explicit_padding(*tensors[:2], stride, padding, dilation)
     y = reference.dwconv_bn_act(
         *tensors, stride=stride, padding=padding, dilation=dilation, activation=activation,
         slope=slope,
