@@ -18,6 +18,7 @@ from mnet_kernels import _C, backends, reference, registration  # noqa: F401  (_
 from mnet_kernels.registration import IntOrInts
 from mnet_kernels.registration import explicit_padding as _explicit_padding
 from mnet_kernels.registration import pair as _pair
+from mnet_kernels.registration import same_device as _same_device
 
 _check = torch.ops.mnet_kernels.check_conv.default
 _dwconv_bn_act = torch.ops.mnet_kernels.dwconv_bn_act.default
@@ -238,12 +239,6 @@ def _conv_bn_act_packed_fake(
 def _pack_conv_weight_fake(weight):
     out_channels, *taps = weight.shape
     return weight.new_empty((-(-out_channels // 32), 1, math.prod(taps), 32))
-
-
-def _same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
-    for name, t in others.items():
-        if t is not None and t.device != x.device:
-            raise RuntimeError(f"{op}: {name}: expected x's device {x.device}, got {t.device}")
 
 
 def _output_size(x, weight, stride, pad, dilation):

@@ -26,6 +26,12 @@ def explicit_padding(x, weight, stride, padding, dilation) -> tuple[int, int, in
     return (top, left, top, left) if len(padding) < 4 else tuple(padding)
 
 
+def same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise RuntimeError(f"{op}: {name}: expected x's device {x.device}, got {t.device}")
+
+
 def layout_of(x: Tensor) -> torch.memory_format:
     """The output's layout; csrc/tensor.h (layout_of) says the same."""
     if x.is_contiguous():

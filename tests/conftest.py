@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
 import rulers
@@ -19,7 +20,7 @@ settings.register_profile(
 settings.register_profile(
     "search", settings.get_profile("ci"), max_examples=2000, derandomize=False
 )
-settings.register_profile("interpreter", settings.get_profile("ci"), max_examples=20)
+settings.register_profile("interpreter", settings.get_profile("ci"), max_examples=5)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 INSTRUCTION_SETS = tuple(_C.build_info()["instruction_sets"])
@@ -27,11 +28,26 @@ INSTRUCTION_SETS = tuple(_C.build_info()["instruction_sets"])
 
 def pytest_addoption(parser):
     parser.addoption("--backend", choices=["triton"], help="run the operator tests on this backend")
+    parser.addoption("--share", help="I/N: of every parametrised test, each N-th case from I on")
 
 
 def pytest_configure(config):
     if config.getoption("--backend") == "triton":
         rulers.use_triton_interpreter()
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--share") is None:
+        return
+    first, step = map(int, config.getoption("--share").split("/"))
+    seen: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        name = item.nodeid.split("[")[0]
+        if seen[name] % step == first or ("[" not in item.nodeid and first == 0):
+            kept.append(item)
+        seen[name] += 1
+    items[:] = kept
 
 
 def pytest_generate_tests(metafunc):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mnet_kernels.registration import same_device
 from mnet_kernels.triton import arguments, launch, tuning
 from mnet_kernels.triton.activation import activate
 from mnet_kernels.triton.launch import wrap_triton
@@ -144,4 +145,5 @@ def dwconv_bn_act(x, weight, scale, shift, stride, padding, dilation, activation
 @dwconv_bn_act.register_fake
 def _output(x, weight, scale, shift, stride, padding, dilation, activation, slope):
     """The result, uninitialised."""
+    same_device("dwconv_bn_act", x, weight=weight, scale=scale, shift=shift)
     return arguments.empty_output(x, weight, stride, padding, dilation)
