@@ -376,6 +376,7 @@ _IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "leaky_relu": lambda z, slope: F.leaky_relu(z, slope, inplace=True),
     "hardswish": lambda z, slope: F.hardswish(z, inplace=True),
     "silu": lambda z, slope: F.silu(z, inplace=True),
+    "hardsigmoid": lambda z, slope: F.hardsigmoid(z, inplace=True),
 }
 
 

@@ -52,7 +52,8 @@ def dwconv_bn_act(
         stride, dilation: int or (h, w), positive.
         padding: int, (h, w) or (top, left, bottom, right), zeros; or ``"same"`` as TensorFlow
             means it: output = ceil(size / stride), the odd pixel at the bottom and right.
-        activation: identity, relu, relu6, leaky_relu (with ``slope``), hardswish or silu.
+        activation: identity, relu, relu6, leaky_relu (with ``slope``), hardswish, silu or
+            hardsigmoid.
         slope: leaky_relu's negative slope.
         backend: one of ``backends.NAMES``, or None for the best one that can serve x.
 
@@ -261,8 +262,9 @@ _ACTIVATION_BACKWARD = {
     "relu6": lambda dy, z, slope: torch.ops.aten.hardtanh_backward(dy, z, 0, 6),
     "leaky_relu": lambda dy, z, slope: torch.ops.aten.leaky_relu_backward(dy, z, slope, False),
     "hardswish": lambda dy, z, slope: torch.ops.aten.hardswish_backward(dy, z),
-    # aten.silu_backward has no derivative of its own.
+    # aten's backwards of these two have no derivative of their own.
     "silu": lambda dy, z, slope: dy * z.sigmoid() * (1 + z * (1 - z.sigmoid())),
+    "hardsigmoid": lambda dy, z, slope: torch.where((z > -3) & (z < 3), dy / 6, 0),
 }
 
 

@@ -139,7 +139,8 @@ def assert_correct(p: Problem, y: Tensor) -> None:
 
 
 #: Where an activation's derivative jumps.
-KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "hardswish": (-3, 3)}
+KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "hardswish": (-3, 3),
+         "hardsigmoid": (-3, 3)}  # fmt: skip
 
 
 def assert_gradients_correct(p: Problem, dy: Tensor, gradients: dict[str, Tensor]) -> None:

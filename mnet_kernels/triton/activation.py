@@ -18,6 +18,9 @@ def activate(ACTIVATION: tl.constexpr, z, slope):
         return z * tl.where(gate < 0, 0.0, tl.where(gate > 6, 6.0, gate)) / 6
     elif ACTIVATION == "silu":
         return z / (1 + tl.exp(-z))
+    elif ACTIVATION == "hardsigmoid":
+        gate = z + 3
+        return tl.where(gate < 0, 0.0, tl.where(gate > 6, 6.0, gate)) / 6
     else:
         tl.static_assert(ACTIVATION == "identity")
         return z
@@ -37,6 +40,8 @@ def activation_gradient(ACTIVATION: tl.constexpr, dy, z, slope):
     elif ACTIVATION == "silu":
         sigmoid = 1 / (1 + tl.exp(-z))
         return dy * sigmoid * (1 + z * (1 - sigmoid))
+    elif ACTIVATION == "hardsigmoid":
+        return tl.where((z > -3) & (z < 3), dy / 6, 0.0)
     else:
         tl.static_assert(ACTIVATION == "identity")
         return dy

@@ -13,19 +13,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 
 _THREADS = 128
+_WARP = 64 if torch.version.hip else 32
 _BLOCKS = (64, 32, 16, 8)  # channels; 64 of bfloat16 are a 128-byte line
 #: Multiply-adds of tiles in a program: what its registers hold in channels_last, where a thread's
 #: part of a tile is a vector; what its code may grow to in contiguous, where it is one number.
 _MOST_UNROLLED = {True: 128, False: 400}
+_MOST_INPUTS = 60  # tiles that a thread may hold at once: ptxas moves loads to the front
 
 
 def _config(rows: int, cols: int, block_c: int, vector: int) -> triton.Config:
     lanes = _THREADS * vector // block_c
     return triton.Config(
-        {"ROWS": rows, "COLS": cols, "LANES": lanes, "BLOCK_C": block_c}, num_warps=_THREADS // 32
+        {"ROWS": rows, "COLS": cols, "LANES": lanes, "BLOCK_C": block_c},
+        num_warps=_THREADS // _WARP,
     )
 
 
@@ -41,7 +45,7 @@ def _configs(channels_last: list[tuple[int, int]], contiguous: list[int]) -> lis
 
 FORWARD = _configs([(1, 1), (1, 2), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
 # Next to the patch: two sums a channel; the whole of dx before it is stored; a sum for every tap.
-CONV = _configs([(1, 1), (1, 2), (1, 4), (2, 2)], [1, 2, 4, 7])
+CONV = _configs([(1, 1), (1, 2), (1, 4)], [1, 2, 4, 7])
 DATA = _configs([(1, 1), (1, 2), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
 WEIGHT = _configs([(1, 1), (1, 2), (2, 2)], [1, 2])
 
@@ -85,7 +89,9 @@ def _fits(kind: list, config: dict[str, int], itemsize: int, shape: dict[str, An
         taps = shape["KH"] * shape["KW"] if kind is not WEIGHT else 9
         if not shape.get("UNROLL", True) or rows > height or cols > width:
             return False
-        if rows * cols * taps > _MOST_UNROLLED[channels_last] or (channels_last and patch > 16):
+        most = _MOST_UNROLLED[channels_last] // (2 if kind is CONV and channels_last else 1)
+        inputs = ((rows - 1) * shape["SH"] + shape["KH"]) * ((cols - 1) * shape["SW"] + shape["KW"])
+        if rows * cols * taps > most or (channels_last and (patch > 16 or inputs > _MOST_INPUTS)):
             return False
     if kind is WEIGHT and (height % rows or width % cols):
         return False  # its patches cover the plane exactly
