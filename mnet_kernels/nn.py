@@ -131,8 +131,10 @@ class FusedConv2d(nn.Conv2d):
 
     def _depthwise(self, x: Tensor, weight: Tensor) -> Tensor:
         fusion = self.fusion
-        # Other dtypes are converted by the kernel's own pass over the weight.
-        constants = self._constants(x, weight, "by_tap" if x.dtype == torch.float32 else "as_is")
+        # On the CPU other dtypes are converted by the kernel's own pass over the weight; a GPU's
+        # kernels read it tap by tap in channels_last only.
+        by_tap = x.dtype == torch.float32 if x.is_cpu else not x.is_contiguous()
+        constants = self._constants(x, weight, "by_tap" if by_tap else "as_is")
         return ops.dwconv_bn_act(
             x,
             *constants,

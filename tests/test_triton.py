@@ -77,7 +77,18 @@ def test_the_oldest_triton_interprets_and_compiles(tmp_path):
     """Beside the installed torch, which ships a newer one."""
     other = tmp_path / "packages"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", other, *OLDEST],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-compile",
+            "--target",
+            other,
+            *OLDEST,
+        ],
         check=True,
     )
     path = os.pathsep.join([str(other), str(TESTS.parent), str(TESTS)])

@@ -15,7 +15,7 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
-from mnet_kernels import backends, ops
+from mnet_kernels import backends, explain, ops, swap
 
 pytest.importorskip("triton")
 CONSTANTS = ((2, 1), (0, 1, 2, 1), (1, 1), "hardswish", 0.01)
@@ -104,6 +104,16 @@ def test_vmap(in_dims):
     rows = [call(x.select(in_dims[0], i), weight if in_dims[1] is None else weight[i])
             for i in range(2)]  # fmt: skip
     torch.testing.assert_close(torch.vmap(call, in_dims)(x, weight), torch.stack(rows))
+
+
+@interpreted
+def test_swap():
+    conv = torch.nn.Conv2d(4, 4, 3, 2, 1, groups=4, bias=False)
+    model = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(4), torch.nn.ReLU6()).eval()
+    fast = swap(model, backend="triton")
+    (row,) = [row for row in explain(fast).rows if row.backend == "triton"]
+    x = torch.randn(2, 4, 7, 7)
+    torch.testing.assert_close(fast(x), model(x))
 
 
 @interpreted

@@ -36,6 +36,8 @@ class _Interpreted:
         return run
 
 
+wrap_triton: Callable
+operator: Callable
 if TRITON_INTERPRETED:
     wrap_triton = _Interpreted
     operator = torch.library.custom_op

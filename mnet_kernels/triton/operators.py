@@ -29,7 +29,7 @@ def _backward(ctx, dy):
 def _differentiable_gradients(dy, tensors, constants, needed):
     stride, padding, dilation, activation, slope = constants
     stride, dilation = pair(stride), pair(dilation)
-    padding = explicit_padding(*tensors[:2], stride, padding, dilation)
+    padding = explicit_padding(tensors[0], tensors[1], stride, padding, dilation)
     y = reference.dwconv_bn_act(
         *tensors, stride=stride, padding=padding, dilation=dilation, activation=activation,
         slope=slope,
