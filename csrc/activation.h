@@ -12,11 +12,11 @@
 
 namespace mnet {
 
-enum class Activation { identity, relu, relu6, leaky_relu, hardswish, silu };
+enum class Activation { identity, relu, relu6, leaky_relu, hardswish, silu, hardsigmoid };
 
 // In the order of the enum; mnet_kernels/reference.py lists the same names.
-inline constexpr const char* kActivationNames[] = {"identity",   "relu",      "relu6",
-                                                   "leaky_relu", "hardswish", "silu"};
+inline constexpr const char* kActivationNames[] = {"identity",  "relu", "relu6",      "leaky_relu",
+                                                   "hardswish", "silu", "hardsigmoid"};
 inline constexpr std::size_t kActivationCount = sizeof(kActivationNames) / sizeof(char*);
 
 // Comparisons are written so that NaN passes through, as torch's own activations let it.
@@ -32,6 +32,10 @@ MNET_HOST_DEVICE T activate(Activation activation, T slope, T z) {
       return z * (gate < T(0) ? T(0) : (gate > T(6) ? T(6) : gate)) / T(6);
     }
     case Activation::silu: return z / (T(1) + std::exp(-z));
+    case Activation::hardsigmoid: {
+      const T gate = z + T(3);
+      return (gate < T(0) ? T(0) : (gate > T(6) ? T(6) : gate)) / T(6);
+    }
   }
   return z;
 }

@@ -5,10 +5,13 @@ Each backend has one predicate; choosing a backend and refusing one use the same
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
@@ -16,6 +19,10 @@ from mnet_kernels import _C
 
 #: Fused kernels first; ``native`` is plain PyTorch and always there.
 NAMES: tuple[str, ...] = ("cpu", "cuda", "triton", "native")
+
+_HAS_TRITON = find_spec("triton") is not None
+#: Triton's interpreter runs its kernels on CPU tensors: for tests, never chosen automatically.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -31,7 +38,25 @@ def _cuda(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "the Triton kernels are not part of this version of mnet_kernels"
+    if not _HAS_TRITON:
+        return "the triton backend needs the package triton, which is not installed"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return (
+            "the triton backend serves float32, float16 and bfloat16, "
+            f"not {str(dtype).removeprefix('torch.')}"
+        )
+    if TRITON_INTERPRETED and device.type in ("cpu", "cuda"):
+        return None
+    if device.type != "cuda":
+        return (
+            f"the triton backend serves GPU tensors, not {device.type} "
+            "(Triton's interpreter, TRITON_INTERPRET=1, is not enabled)"
+        )
+    if not torch.cuda.is_available():
+        return "the triton backend needs a GPU, and torch sees none"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the triton backend needs a GPU of compute capability 8.0 or newer"
+    return None
 
 
 def _native(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -101,13 +126,19 @@ def table() -> list[BackendRow]:
     """Every backend: whether it is there, and what it uses or why it is missing."""
     info = _C.build_info()
     details = {
-        "cpu": f"instruction set {info['instruction_set']} (compiled and running here: "
-        f"{', '.join(info['instruction_sets'])})",
-        "native": f"PyTorch {torch.__version__}",
+        "cpu": lambda: (
+            f"instruction set {info['instruction_set']} (compiled and running here: "
+            f"{', '.join(info['instruction_sets'])})"
+        ),
+        "triton": lambda: (
+            f"Triton {import_module('triton').__version__}"
+            + " (its interpreter)" * TRITON_INTERPRETED
+        ),
+        "native": lambda: f"PyTorch {torch.__version__}",
     }
     devices = {"cpu": "cpu", "native": "cpu", "cuda": "cuda", "triton": "cuda"}
     rows = []
     for name in NAMES:
         reason = why_not(name, device=devices[name])
-        rows.append(BackendRow(name, reason is None, reason or details[name]))
+        rows.append(BackendRow(name, reason is None, reason or details[name]()))
     return rows

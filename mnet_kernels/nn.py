@@ -131,7 +131,9 @@ class FusedConv2d(nn.Conv2d):
 
     def _depthwise(self, x: Tensor, weight: Tensor) -> Tensor:
         fusion = self.fusion
-        constants = self._constants(x, weight, "by_tap" if x.is_cpu else "as_is")
+        # The CPU's and Triton's channels_last kernels read the weight tap by tap, CUDA's as it is.
+        by_tap = x.is_cpu or (not x.is_contiguous() and self.serving(x.device, x.dtype) == "triton")
+        constants = self._constants(x, weight, "by_tap" if by_tap else "as_is")
         return ops.dwconv_bn_act(
             x,
             *constants,
@@ -375,6 +377,7 @@ _IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "leaky_relu": lambda z, slope: F.leaky_relu(z, slope, inplace=True),
     "hardswish": lambda z, slope: F.hardswish(z, inplace=True),
     "silu": lambda z, slope: F.silu(z, inplace=True),
+    "hardsigmoid": lambda z, slope: F.hardsigmoid(z, inplace=True),
 }
 
 

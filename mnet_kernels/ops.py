@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnet_kernels import _C, backends, reference  # noqa: F401  (_C registers the operators)
-
-IntOrInts = int | Sequence[int]
+from mnet_kernels import _C, backends, reference, registration  # noqa: F401  (_C: operators)
+from mnet_kernels.registration import IntOrInts
+from mnet_kernels.registration import explicit_padding as _explicit_padding
+from mnet_kernels.registration import pair as _pair
+from mnet_kernels.registration import same_device as _same_device
 
 _check = torch.ops.mnet_kernels.check_conv.default
 _dwconv_bn_act = torch.ops.mnet_kernels.dwconv_bn_act.default
@@ -51,7 +52,8 @@ def dwconv_bn_act(
         stride, dilation: int or (h, w), positive.
         padding: int, (h, w) or (top, left, bottom, right), zeros; or ``"same"`` as TensorFlow
             means it: output = ceil(size / stride), the odd pixel at the bottom and right.
-        activation: identity, relu, relu6, leaky_relu (with ``slope``), hardswish or silu.
+        activation: identity, relu, relu6, leaky_relu (with ``slope``), hardswish, silu or
+            hardsigmoid.
         slope: leaky_relu's negative slope.
         backend: one of ``backends.NAMES``, or None for the best one that can serve x.
 
@@ -70,8 +72,11 @@ def dwconv_bn_act(
     args = (x, weight, scale, shift, stride, padding, dilation, activation, slope)
     if backend is None and isinstance(x, Tensor) and x.is_cpu:
         return _dwconv_bn_act(*args)
-    if _select("dwconv_bn_act", backend, x) == "cpu":
+    chosen = _select("dwconv_bn_act", backend, x)
+    if chosen == "cpu":
         return _dwconv_bn_act(*args)
+    if chosen == "triton":
+        return _triton_dwconv_bn_act(*args)
     return _native("dwconv_bn_act", 0, *args)
 
 
@@ -186,6 +191,12 @@ def _native(op: str, groups: int, x: Tensor, weight: Tensor, *rest) -> Tensor:
     )  # fmt: skip
 
 
+def _triton_dwconv_bn_act(*args) -> Tensor:
+    from mnet_kernels.triton.operators import dwconv_bn_act  # importing triton takes a second
+
+    return dwconv_bn_act(*args)
+
+
 def _select(op: str, backend: str | None, x: Tensor) -> str:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x: expected a Tensor, got {type(x).__name__}")
@@ -195,17 +206,6 @@ def _select(op: str, backend: str | None, x: Tensor) -> str:
 def _static(value: Any) -> Any:
     """Plain ints for the operator where torch.compile holds symbolic ones."""
     return operator.index(value) if isinstance(value, int) else [operator.index(v) for v in value]
-
-
-def _pair(value: IntOrInts) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
-def _explicit_padding(x, weight, stride, padding, dilation) -> tuple[int, int, int, int]:
-    if len(padding) == 0:
-        return reference.same_padding(x.shape[2:], weight.shape[2:], stride, dilation)
-    top, left = padding[0], padding[1 % len(padding)]
-    return (top, left, top, left) if len(padding) < 4 else tuple(padding)
 
 
 # ---- torch.compile, torch.export ----
@@ -222,7 +222,7 @@ def _dwconv_bn_act_fake(x, weight, scale, shift, stride, padding, dilation, acti
     pad = _explicit_padding(x, weight, _pair(stride), padding, _pair(dilation))
     out_h, out_w = _output_size(x, weight, stride, pad, dilation)
     y = x.new_empty((x.shape[0], weight.shape[0], out_h, out_w))
-    return y.to(memory_format=_layout(x))
+    return y.to(memory_format=registration.layout_of(x))
 
 
 @torch.library.register_fake("mnet_kernels::conv_bn_act_packed")
@@ -242,12 +242,6 @@ def _pack_conv_weight_fake(weight):
     return weight.new_empty((-(-out_channels // 32), 1, math.prod(taps), 32))
 
 
-def _same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
-    for name, t in others.items():
-        if t is not None and t.device != x.device:
-            raise RuntimeError(f"{op}: {name}: expected x's device {x.device}, got {t.device}")
-
-
 def _output_size(x, weight, stride, pad, dilation):
     top, left, bottom, right = pad
     size = []
@@ -261,15 +255,6 @@ def _output_size(x, weight, stride, pad, dilation):
     return size
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    """The output's layout; csrc/tensor.h (layout_of) says the same."""
-    if x.is_contiguous():
-        return torch.contiguous_format
-    if x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1:
-        return torch.channels_last
-    return torch.contiguous_format
-
-
 # ---- autograd: frozen statistics, the pre-activation is recomputed ----
 _ACTIVATION_BACKWARD = {
     "identity": lambda dy, z, slope: dy,
@@ -277,8 +262,9 @@ _ACTIVATION_BACKWARD = {
     "relu6": lambda dy, z, slope: torch.ops.aten.hardtanh_backward(dy, z, 0, 6),
     "leaky_relu": lambda dy, z, slope: torch.ops.aten.leaky_relu_backward(dy, z, slope, False),
     "hardswish": lambda dy, z, slope: torch.ops.aten.hardswish_backward(dy, z),
-    # aten.silu_backward has no derivative of its own.
+    # aten's backwards of these two have no derivative of their own.
     "silu": lambda dy, z, slope: dy * z.sigmoid() * (1 + z * (1 - z.sigmoid())),
+    "hardsigmoid": lambda dy, z, slope: torch.where((z > -3) & (z < 3), dy / 6, 0),
 }
 
 
@@ -322,40 +308,7 @@ torch.library.register_autograd(
 )
 
 
-# ---- autocast: x and weight as native convolution; scale and shift stay float32 ----
-_library = torch.library.Library("mnet_kernels", "FRAGMENT")
-
-
-def _register_autocast(device_type: str) -> None:
-    def autocast(x, weight, *rest):
-        dtype = torch.get_autocast_dtype(device_type)
-
-        def cast(t: Tensor) -> Tensor:
-            return t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
-
-        with torch.autocast(device_type, enabled=False):
-            return _dwconv_bn_act(cast(x), cast(weight), *rest)
-
-    _library.impl("dwconv_bn_act", autocast, f"Autocast{device_type.upper()}")
-
-
-_register_autocast("cpu")
-_register_autocast("cuda")
-
-
-# ---- vmap ----
-@torch.library.register_vmap("mnet_kernels::dwconv_bn_act")
-def _vmap(info, in_dims, x, weight, scale, shift, *constants):
-    tensors = (x, weight, scale, shift)
-    if in_dims[1] is None and in_dims[2] is None and in_dims[3] is None:
-        stacked = x.movedim(in_dims[0], 0)  # only x is batched: more images
-        y = _dwconv_bn_act(stacked.flatten(0, 1), weight, scale, shift, *constants)
-        return y.unflatten(0, stacked.shape[:2]), 0
-    rows = [
-        _dwconv_bn_act(
-            *(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=False)),
-            *constants,
-        )
-        for i in range(info.batch_size)
-    ]
-    return torch.stack(rows), 0
+# ---- autocast, vmap ----
+registration.register_autocast("dwconv_bn_act", _dwconv_bn_act, "cpu")
+registration.register_autocast("dwconv_bn_act", _dwconv_bn_act, "cuda")
+registration.register_vmap("dwconv_bn_act", _dwconv_bn_act)

@@ -20,6 +20,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "leaky_relu": lambda z, slope: F.leaky_relu(z, slope),
     "hardswish": lambda z, slope: F.hardswish(z),
     "silu": lambda z, slope: F.silu(z),
+    "hardsigmoid": lambda z, slope: F.hardsigmoid(z),
 }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
+import rulers
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -18,15 +20,48 @@ settings.register_profile(
 settings.register_profile(
     "search", settings.get_profile("ci"), max_examples=2000, derandomize=False
 )
+settings.register_profile("interpreter", settings.get_profile("ci"), max_examples=5)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 INSTRUCTION_SETS = tuple(_C.build_info()["instruction_sets"])
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
+def pytest_addoption(parser):
+    parser.addoption("--backend", choices=["triton"], help="run the operator tests on this backend")
+    parser.addoption("--share", help="I/N: of every parametrised test, each N-th case from I on")
+
+
+def pytest_configure(config):
+    if config.getoption("--backend") == "triton":
+        rulers.use_triton_interpreter()
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--share") is None:
+        return
+    first, step = map(int, config.getoption("--share").split("/"))
+    seen: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        name = item.nodeid.split("[")[0]
+        if seen[name] % step == first or ("[" not in item.nodeid and first == 0):
+            kept.append(item)
+        seen[name] += 1
+    items[:] = kept
+
+
+def pytest_generate_tests(metafunc):
+    if "instruction_set" in metafunc.fixturenames:
+        sets = INSTRUCTION_SETS if rulers.BACKEND is None else (rulers.BACKEND,)
+        metafunc.parametrize("instruction_set", sets, indirect=True)
+
+
+@pytest.fixture
 def instruction_set(request):
-    """Runs the test once with the kernels of each instruction set this machine has."""
-    _C.set_instruction_set(request.param)
+    """Runs the test once with the kernels of each instruction set this machine has, or of the
+    backend under test."""
+    if request.param in INSTRUCTION_SETS:
+        _C.set_instruction_set(request.param)
     yield request.param
     _C.set_instruction_set(INSTRUCTION_SETS[0])
 

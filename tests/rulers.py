@@ -23,6 +23,42 @@ SMALLEST = {
 }  # fmt: skip
 
 
+#: What Problem.run and the operator tests use: None for the automatic choice (the cpu backend).
+BACKEND: str | None = None
+
+
+def use_triton_interpreter() -> None:
+    """Sends the operator tests to the Triton backend. Triton's interpreter cuts a float32 off to
+    bfloat16 where every GPU rounds it: mended here."""
+    global BACKEND, DTYPES
+    from triton.runtime import interpreter
+
+    BACKEND = "triton"
+    DTYPES = tuple(d for d in DTYPES if d != torch.float64)
+    convert = interpreter._convert_float
+
+    def exact(values, source, target, rounding):
+        flat = values.reshape(-1)
+        if (source.name, target.name) == ("fp32", "bf16"):
+            narrow = torch.from_numpy(flat.copy()).bfloat16()
+            return narrow.view(torch.int16).numpy().view("uint16").reshape(values.shape)
+        if (source.name, target.name) == ("bf16", "fp32"):
+            wide = torch.from_numpy(flat.copy().view("int16")).view(torch.bfloat16).float()
+            return wide.numpy().reshape(values.shape)
+        return convert(values, source, target, rounding)
+
+    interpreter._convert_float = exact
+
+    # It also prepares triton.language again at every call within a kernel: most of the time.
+    call = interpreter.InterpretedFunction.__call__
+
+    def prepared(self, *args, **kwargs):
+        ours = self.fn.__module__.startswith("mnet_kernels.")
+        return self.rewrite()(*args, **kwargs) if ours else call(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = prepared
+
+
 @dataclass
 class Problem:
     """A call of dwconv_bn_act: its tensors, and its constants as keywords."""
@@ -38,7 +74,7 @@ class Problem:
         return self.x, self.weight, self.scale, self.shift
 
     def run(self, backend: str | None = None) -> Tensor:
-        return ops.dwconv_bn_act(*self.tensors, **self.constants, backend=backend)
+        return ops.dwconv_bn_act(*self.tensors, **self.constants, backend=backend or BACKEND)
 
 
 def problem(
@@ -100,3 +136,73 @@ def assert_correct(p: Problem, y: Tensor) -> None:
         f"{int(wrong.sum())} of {wrong.numel()} elements are off, the first at "
         f"{wrong.nonzero()[0].tolist()}: {y[wrong][0]} instead of {exact[wrong][0]}"
     )
+
+
+#: Where an activation's derivative jumps.
+KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "hardswish": (-3, 3),
+         "hardsigmoid": (-3, 3)}  # fmt: skip
+
+
+def assert_gradients_correct(p: Problem, dy: Tensor, gradients: dict[str, Tensor]) -> None:
+    """The named gradients of a fused backward (one rounding of dconv = dy * act'(z) * scale to the
+    tensors' dtype, sums in the accumulator) against float64 autograd of the reference.
+
+    The bound follows the errors: that of z reaches dconv through act'', of at most 1, and dconv's
+    reaches a gradient as dconv itself does. On a kink both derivatives are right.
+    """
+    x, weight, scale, shift = (
+        t.detach().double().requires_grad_() if t is not None else None for t in p.tensors
+    )
+    named = {"x": x, "weight": weight, "scale": scale, "shift": shift}
+    wanted = [named[name] for name in gradients]
+    y = Problem(x, weight, scale, shift, p.constants).run("native")
+    exact = dict(zip(gradients, torch.autograd.grad(y, wanted, dy.double()), strict=True))
+
+    linear = p.constants | {"activation": "identity"}
+    accumulator = ROUNDING[torch.float64 if p.x.dtype == torch.float64 else torch.float32]
+    taps = weight.shape[2] * weight.shape[3]
+    with torch.no_grad():
+        _, magnitude = reference(p)
+        conv = Problem(x, weight, None, None, linear).run("native")
+        conv_magnitude = Problem(x.abs(), weight.abs(), None, None, linear).run("native")
+        z = Problem(x, weight, scale, shift, linear).run("native")
+        z_error = (taps + 8) * accumulator * magnitude
+        near = torch.zeros_like(z, dtype=torch.bool)
+        for kink in KINKS.get(p.constants.get("activation", "relu"), ()):
+            near |= (z - kink).abs() <= z_error
+        dz = dy.double().abs() * 1.5  # |act'| is at most 1.5
+        dz_error = dz * ((taps + 8) * accumulator + z_error + near)
+        by = 1 if scale is None else scale.abs().view(-1, 1, 1)
+        dconv_error = dz_error * by + ROUNDING[p.x.dtype] * dz * by + SMALLEST[p.x.dtype]
+    ax, aw = x.detach().abs().requires_grad_(), weight.detach().abs().requires_grad_()
+    magnitudes = Problem(ax, aw, None, None, linear).run("native")
+
+    def through(t: Tensor, source: Tensor) -> Tensor:
+        return torch.autograd.grad(magnitudes, t, source, retain_graph=True)[0]
+
+    def over_pixels(source: Tensor, terms: Tensor) -> Tensor:
+        return (source + pixels * accumulator * terms).sum((0, 2, 3))
+
+    pixels = z.shape[0] * z.shape[2] * z.shape[3] + 8
+    terms = taps * (weight.shape[0] // x.shape[1]) + 8
+    bounds = {
+        "x": through(ax, dconv_error + terms * accumulator * dz * by),
+        "weight": through(aw, dconv_error + pixels * accumulator * dz * by),
+        "scale": over_pixels(
+            dz_error * conv.abs() + dz * (taps + 8) * accumulator * conv_magnitude, dz * conv.abs()
+        ),
+        "shift": over_pixels(dz_error, dz),
+    }
+    for name, ours in gradients.items():
+        assert ours.shape == exact[name].shape
+        assert ours.dtype == dict(zip(named, p.tensors, strict=True))[name].dtype
+        allowed = (
+            bounds[name] + ROUNDING[ours.dtype] * (exact[name].abs() + bounds[name])
+            + SMALLEST[ours.dtype]
+        )  # fmt: skip
+        error = (ours.double() - exact[name]).abs()
+        wrong = ~(error <= allowed)
+        assert not wrong.any(), (
+            f"d{name}: {int(wrong.sum())} of {wrong.numel()} elements are off, the first at "
+            f"{wrong.nonzero()[0].tolist()}: {ours[wrong][0]} instead of {exact[name][wrong][0]}"
+        )

@@ -89,6 +89,7 @@ ACTS = {
     "leaky_relu": nn.LeakyReLU(0.2),
     "hardswish": nn.Hardswish(),
     "silu": nn.SiLU(inplace=True),
+    "hardsigmoid": nn.Hardsigmoid(),
 }
 
 

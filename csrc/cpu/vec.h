@@ -286,6 +286,7 @@ MNET_INLINE Vector<T> activate(Activation activation, T slope, Vector<T> z) {
     case Activation::leaky_relu: return z < T(0) ? z * slope : z;
     case Activation::hardswish: return z * at_most<T>(at_least<T>(z + T(3), 0), 6) / T(6);
     case Activation::silu: return z / (T(1) + exponential(-z));
+    case Activation::hardsigmoid: return at_most<T>(at_least<T>(z + T(3), 0), 6) / T(6);
   }
   return z;
 }

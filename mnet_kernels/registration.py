@@ -1,0 +1,80 @@
+"""What every operator's registration with torch shares, whatever its backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mnet_kernels import reference
+
+IntOrInts = int | Sequence[int]
+
+_library = torch.library.Library("mnet_kernels", "FRAGMENT")
+
+
+def pair(value: IntOrInts) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def explicit_padding(x, weight, stride, padding, dilation) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) of padding as the operators take it; () is "same"."""
+    if len(padding) == 0:
+        return reference.same_padding(x.shape[2:], weight.shape[2:], stride, dilation)
+    top, left = padding[0], padding[1 % len(padding)]
+    return (top, left, top, left) if len(padding) < 4 else tuple(padding)
+
+
+def same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise RuntimeError(f"{op}: {name}: expected x's device {x.device}, got {t.device}")
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The output's layout; csrc/tensor.h (layout_of) says the same."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last) or x.stride(1) == 1:
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def register_autocast(name: str, operator: Callable, device_type: str) -> None:
+    """x and weight are cast as native convolution's are; scale and shift stay float32."""
+
+    def autocast(x, weight, *rest):
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(t: Tensor) -> Tensor:
+            return t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
+
+        with torch.autocast(device_type, enabled=False):
+            return operator(cast(x), cast(weight), *rest)
+
+    _library.impl(name, autocast, f"Autocast{device_type.upper()}")
+
+
+def register_vmap(name: str, operator: Callable) -> None:
+    """Where only x is batched: more images. Otherwise call by call."""
+
+    def vmap(info, in_dims, x, weight, scale, shift, *constants):
+        tensors = (x, weight, scale, shift)
+        if in_dims[1] is None and in_dims[2] is None and in_dims[3] is None:
+            stacked = x.movedim(in_dims[0], 0)
+            y = operator(stacked.flatten(0, 1), weight, scale, shift, *constants)
+            return y.unflatten(0, stacked.shape[:2]), 0
+        rows = [
+            operator(
+                *(
+                    t if d is None else t.select(d, i)
+                    for t, d in zip(tensors, in_dims, strict=False)
+                ),
+                *constants,
+            )
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(rows), 0
+
+    torch.library.register_vmap(f"mnet_kernels::{name}", vmap)

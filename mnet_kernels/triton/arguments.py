@@ -1,0 +1,89 @@
+"""From a call of an operator to what its kernels are given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mnet_kernels.registration import explicit_padding, layout_of, pair
+
+#: In the operators' schemas, behind the tensors.
+CONSTANTS = "int[2] stride, int[4] padding, int[2] dilation, str activation, float slope"
+#: The kernels' run-time integers: another value compiles nothing.
+SIZES = ("N", "H", "W", "OH", "OW")
+_UNROLLED_TAPS = 49
+
+
+def cdiv(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def check(x, weight, scale, shift, stride, padding, dilation, activation, slope) -> None:
+    """The checks of every backend; while torch traces, those of the shapes that kernels trust."""
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        torch.ops.mnet_kernels.check_conv.default(
+            "dwconv_bn_act", x, weight, scale, shift, stride, padding, dilation, 0, activation,
+            slope,
+        )  # fmt: skip
+        return
+    torch._check(weight.shape[0] % x.shape[1] == 0 and weight.shape[1] == 1)
+    for t in (scale, shift):
+        torch._check(t is None or (t.shape == weight.shape[:1] and t.dtype == torch.float32))
+
+
+def empty_output(x, weight, stride, padding, dilation) -> Tensor:
+    stride, dilation = pair(stride), pair(dilation)
+    top, left, bottom, right = explicit_padding(x, weight, stride, padding, dilation)
+    room_h = x.shape[2] + top + bottom - (weight.shape[2] - 1) * dilation[0] - 1
+    room_w = x.shape[3] + left + right - (weight.shape[3] - 1) * dilation[1] - 1
+    torch._check(room_h >= 0 and room_w >= 0)
+    shape = (x.shape[0], weight.shape[0], room_h // stride[0] + 1, room_w // stride[1] + 1)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
+
+
+class Call:
+    """A checked call: the kernels' sizes, compile-time constants and grids.
+
+    Args:
+        x: ``(N, C, H, W)``; weight: ``(C*M, 1, Kh, Kw)``; y: ``(N, C*M, OH, OW)``, or its gradient.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, y: Tensor, stride, padding, dilation) -> None:
+        stride, dilation = pair(stride), pair(dilation)
+        top, left, bottom, right = explicit_padding(x, weight, stride, padding, dilation)
+        reach = max(x.shape[2] + top + bottom, x.shape[3] + left + right)
+        KH, KW = weight.shape[2:]
+        self.layout = layout_of(x)
+        self.sizes = (x.shape[0], *x.shape[2:], *y.shape[2:])  # SIZES
+        self.constants = {
+            "C": x.shape[1], "M": weight.shape[0] // x.shape[1], "KH": KH, "KW": KW,
+            "SH": stride[0], "SW": stride[1], "DH": dilation[0], "DW": dilation[1],
+            "TOP": top, "LEFT": left,
+            "CHANNELS_LAST": self.layout == torch.channels_last,
+            # Half of what 32 bits hold: offsets that a mask rejects lie a little outside.
+            "WIDE": max(x.numel(), y.numel(), reach) >= 2**30,
+        }  # fmt: skip
+        self.unrolled = KH * KW <= _UNROLLED_TAPS and stride[0] * stride[1] <= 16
+
+    def dense(self, t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=self.layout)
+
+    def taps(self, weight: Tensor) -> Tensor:
+        """Tap by tap for channels_last: a copy unless the weight already lies so in memory."""
+        by_tap = self.layout == torch.channels_last
+        return (weight.permute(2, 3, 1, 0) if by_tap else weight).contiguous()
+
+    def tiles(self, meta: dict[str, int], shape: torch.Size, *, of_x: bool = False) -> int:
+        """Tiles of a tensor; of_x: of the gradient of x, whose patches grow with the stride."""
+        rows, cols = meta["ROWS"], meta["COLS"]
+        if of_x and self.unrolled:
+            rows, cols = rows * self.constants["SH"], cols * self.constants["SW"]
+        return cdiv(shape[0] * cdiv(shape[2], rows) * cdiv(shape[3], cols), meta["LANES"])
+
+    @staticmethod
+    def blocks(meta: dict[str, int], channels: int) -> int:
+        return cdiv(channels, meta["BLOCK_C"])

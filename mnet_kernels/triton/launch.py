@@ -1,0 +1,46 @@
+"""How kernels are started: compiled on a GPU, or by Triton's interpreter in tests.
+
+TRITON_INTERPRET=1, set before Python starts, turns every kernel into NumPy on the CPU. Nothing can
+be timed or traced then, so the first configuration that fits is taken, and the operators are opaque
+to torch.compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch._subclasses import FakeTensor
+
+from mnet_kernels.backends import TRITON_INTERPRETED
+
+#: In the interpreter: which of the fitting configurations runs (tests go through them all).
+interpreted_choice = 0
+
+
+class _Interpreted:
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Callable) -> Callable:
+        def run(*args, **constants) -> None:
+            if any(isinstance(a, FakeTensor) for a in args):
+                return  # only shapes are asked for
+            fits = self.kernel.early_config_prune(
+                self.kernel.configs, dict(zip(self.kernel.arg_names, args, strict=False)),
+                **constants,
+            )  # fmt: skip
+            config = fits[interpreted_choice % len(fits)].kwargs
+            self.kernel.fn[grid](*args, **constants, **config)
+
+        return run
+
+
+wrap_triton: Callable
+operator: Callable
+if TRITON_INTERPRETED:
+    wrap_triton = _Interpreted
+    operator = torch.library.custom_op
+else:
+    wrap_triton = torch.library.wrap_triton
+    operator = torch.library.triton_op

@@ -1,0 +1,123 @@
+"""Which configurations the autotuner tries: few, each with a reason, fewer still for a shape.
+
+A program has 128 threads. In channels_last a thread moves 16 bytes of channels (8 of bfloat16, 4 of
+float32), and in contiguous as many columns as the width allows. Larger patches load an input fewer
+times, (ROWS + 2) * (COLS + 2) tiles instead of 9 * ROWS * COLS for a 3x3 kernel with stride 1, and
+take more registers: 64 float32 sums a thread is the most.
+
+The choice is kept for a layer and an input size whatever the batch, and on disk by Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+_THREADS = 128
+_WARP = 64 if torch.version.hip else 32
+_BLOCKS = (64, 32, 16, 8)  # channels; 64 of bfloat16 are a 128-byte line
+#: Multiply-adds of tiles in a program: what its registers hold in channels_last, where a thread's
+#: part of a tile is a vector; what its code may grow to in contiguous, where it is one number.
+_MOST_UNROLLED = {True: 128, False: 400}
+_MOST_INPUTS = 60  # tiles that a thread may hold at once: ptxas moves loads to the front
+
+
+def _config(rows: int, cols: int, block_c: int, vector: int) -> triton.Config:
+    lanes = _THREADS * vector // block_c
+    return triton.Config(
+        {"ROWS": rows, "COLS": cols, "LANES": lanes, "BLOCK_C": block_c},
+        num_warps=_THREADS // _WARP,
+    )
+
+
+def _configs(channels_last: list[tuple[int, int]], contiguous: list[int]) -> list[triton.Config]:
+    """Patches (ROWS, COLS) for channels_last; ROWS for contiguous, with every number of COLS."""
+    return [
+        _config(rows, cols, block_c, vector)
+        for rows, cols in channels_last
+        for block_c in _BLOCKS
+        for vector in (8, 4)
+    ] + [_config(rows, cols, 1, 1) for rows in contiguous for cols in (8, 4, 2, 1)]
+
+
+FORWARD = _configs([(1, 1), (1, 2), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
+# Next to the patch: two sums a channel; the whole of dx before it is stored; a sum for every tap.
+CONV = _configs([(1, 1), (1, 2), (1, 4)], [1, 2, 4, 7])
+DATA = _configs([(1, 1), (1, 2), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
+WEIGHT = _configs([(1, 1), (1, 2), (2, 2)], [1, 2])
+
+#: What the choice depends on, besides dtypes. No batch size: that would tune again for each.
+_KEY = [
+    "H", "W", "OH", "OW", "C", "M", "KH", "KW", "SH", "SW", "DH", "DW", "TOP", "LEFT",
+    "CHANNELS_LAST",
+]  # fmt: skip
+
+
+def autotune(configs: list[triton.Config]) -> Callable:
+    return triton.autotune(
+        configs=configs,
+        key=_KEY,
+        prune_configs_by={"early_config_prune": _Prune(configs)},
+        cache_results=True,
+    )
+
+
+def prune(kind: list[triton.Config], itemsize: int, shape: dict[str, Any]) -> list[triton.Config]:
+    """At most three configurations of FORWARD, CONV, DATA or WEIGHT: the largest patches that fit.
+
+    Args:
+        itemsize: of x, bytes.
+        shape: the kernel's arguments by name.
+    """
+    fitting = [c for c in kind if _fits(kind, c.kwargs, itemsize, shape)]
+    if not shape["CHANNELS_LAST"]:  # the widest vectors that fit
+        widest = max(c.kwargs["COLS"] for c in fitting)
+        fitting = [c for c in fitting if c.kwargs["COLS"] == widest]
+    return fitting[-3:]
+
+
+def _fits(kind: list, config: dict[str, int], itemsize: int, shape: dict[str, Any]) -> bool:
+    rows, cols = config["ROWS"], config["COLS"]
+    channels_last = shape["CHANNELS_LAST"]
+    of_x = kind is DATA  # patches of x, a stride larger
+    height, width = (shape["H"], shape["W"]) if of_x else (shape["OH"], shape["OW"])
+    patch = rows * cols * (shape["SH"] * shape["SW"] if of_x else 1)
+    if rows * cols > 1:
+        taps = shape["KH"] * shape["KW"] if kind is not WEIGHT else 9
+        if not shape.get("UNROLL", True) or rows > height or cols > width:
+            return False
+        most = _MOST_UNROLLED[channels_last] // (2 if kind is CONV and channels_last else 1)
+        inputs = ((rows - 1) * shape["SH"] + shape["KH"]) * ((cols - 1) * shape["SW"] + shape["KW"])
+        if rows * cols * taps > most or (channels_last and (patch > 16 or inputs > _MOST_INPUTS)):
+            return False
+    if kind is WEIGHT and (height % rows or width % cols):
+        return False  # its patches cover the plane exactly
+    if channels_last:
+        vector = config["LANES"] * config["BLOCK_C"] // _THREADS
+        channels = shape["C"] * (1 if of_x else shape["M"])
+        return vector == 16 // itemsize and config["BLOCK_C"] == _block(channels)
+    if config["BLOCK_C"] > 1 or (rows == 7 and height % 7):
+        return False
+    columns = cols * shape["SW"]  # of x, for cols of y
+    whole = columns & (columns - 1) == 0 and shape["W"] % columns == 0 and shape["OW"] % cols == 0
+    return cols == 1 or (whole and columns * itemsize <= 16)
+
+
+def _block(channels: int) -> int:
+    """The widest block of channels that leaves at most an eighth of its lanes idle."""
+    return next((b for b in _BLOCKS if -(-channels // b) * b * 8 <= channels * 9), _BLOCKS[-1])
+
+
+class _Prune:
+    """early_config_prune of one kernel. Triton gives the positional arguments by name, torch's
+    tracing the same."""
+
+    def __init__(self, kind: list[triton.Config]) -> None:
+        self.kind = kind
+
+    def __call__(self, configs, named, **constants):
+        itemsize = named["w_ptr" if self.kind is not WEIGHT else "x_ptr"].dtype.itemsize
+        return prune(self.kind, itemsize, named | constants)

@@ -1,0 +1,115 @@
+"""The Triton backend without a GPU: the operator tests in Triton's interpreter.
+
+Triton reads TRITON_INTERPRET when it is imported, so they run in a Python of their own, and a
+share of the table only: the interpreter takes a second a call. All of it:
+``TRITON_INTERPRET=1 pytest --backend triton tests/test_dwconv_bn_act.py ...``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rulers
+
+pytest.importorskip("triton")
+if rulers.BACKEND == "triton":
+    pytest.skip("starts what runs here", allow_module_level=True)
+
+TESTS = Path(__file__).parent
+#: Tests, which cases of them, and which of them not.
+RUNS = {
+    "fast paths": (("test_dwconv_bn_act.py",), "2/9", "fast_paths"),
+    # Threads, prefetching and files of 14 GiB are the cpu backend's; the interpreter has no fused
+    # multiply-add, which native's accuracy rests on.
+    "operator": (
+        ("test_dwconv_bn_act.py",), "0/5",
+        "not fast_paths and not threads and not beyond and not 2_to_31 and not no_less_accurate",
+    ),
+    "gradients": (("test_fused_gradients.py",), "0/3", ""),
+    "torch": (("test_triton_in_torch.py", "test_bad_input.py"), "0/1", ""),
+}  # fmt: skip
+
+
+#: Ships with torch 2.10; its interpreter needs a NumPy that still takes arrays of one for ints.
+OLDEST = ("triton==3.6.0", "numpy<2.4")
+
+
+def interpreter_command(
+    files: tuple[str, ...], share: str, expression: str
+) -> tuple[list[str], dict[str, str]]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly",
+               "--backend", "triton", "--share", share, "-k", expression,
+               *(str(TESTS / file) for file in files)]  # fmt: skip
+    environment = os.environ | {"TRITON_INTERPRET": "1", "HYPOTHESIS_PROFILE": "interpreter"}
+    return command, environment
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """All runs at once: each computes on one core."""
+    running = {}
+    for name in RUNS:
+        command, environment = interpreter_command(*RUNS[name])
+        running[name] = subprocess.Popen(
+            command, env=environment, cwd=TESTS.parent, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    yield running
+    for process in running.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_in_the_interpreter(interpreted, name):
+    out, _ = interpreted[name].communicate(timeout=600)
+    assert interpreted[name].returncode == 0, out[-6000:]
+    assert int(re.search(r"(\d+) passed", out).group(1)) > 20
+
+
+@pytest.mark.old_triton
+def test_the_oldest_triton_interprets_and_compiles(tmp_path):
+    """Beside the installed torch, which ships a newer one."""
+    other = tmp_path / "packages"
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-compile",
+            "--target",
+            other,
+            *OLDEST,
+        ],
+        check=True,
+    )
+    path = os.pathsep.join([str(other), str(TESTS.parent), str(TESTS)])
+    facts = subprocess.run(
+        [sys.executable, TESTS / "machine_code.py", "few"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert facts.returncode == 0, facts.stderr[-4000:]
+    found = json.loads(facts.stdout)
+    assert found["triton"] == OLDEST[0].split("==")[1]
+    for kernel in found["facts"]:
+        assert kernel["stack"] == 0, kernel
+        assert kernel["wide_loads"] > 0
+    for files, share, expression in [
+        (("test_dwconv_bn_act.py",), "5/60", "fast_paths or any_kernel"),
+        (("test_fused_gradients.py",), "3/25", "fast_paths or any_kernel"),
+    ]:
+        command, environment = interpreter_command(files, share, expression)
+        done = subprocess.run(
+            command, env=environment | {"PYTHONPATH": path}, cwd=TESTS.parent,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 3

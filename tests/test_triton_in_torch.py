@@ -1,0 +1,197 @@
+"""The Triton operators inside torch, without a GPU: opaque in Triton's interpreter, traced as
+kernels otherwise."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import rulers
+import torch
+from rulers import problem
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.library import opcheck
+
+from mnet_kernels import backends, explain, ops, swap
+
+pytest.importorskip("triton")
+CONSTANTS = ((2, 1), (0, 1, 2, 1), (1, 1), "hardswish", 0.01)
+
+interpreted = pytest.mark.skipif(
+    rulers.BACKEND != "triton", reason="runs under test_triton.py, in Triton's interpreter"
+)
+traced = pytest.mark.skipif(
+    rulers.BACKEND == "triton", reason="the interpreter's kernels are opaque"
+)
+
+
+def test_our_package_does_not_hide_triton():
+    import triton
+
+    from mnet_kernels.triton import operators
+
+    assert hasattr(triton, "jit")
+    assert operators.__name__ == "mnet_kernels.triton.operators"
+    assert sys.modules["triton"] is triton
+
+
+@interpreted
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(channels_last, requires_grad):
+    from mnet_kernels.triton import operators
+
+    p = problem((2, 3, 5, 6), channels_last=channels_last, multiplier=2)
+    y = operators.dwconv_bn_act(*p.tensors, *CONSTANTS)
+    backward = (torch.randn_like(y), *p.tensors, *CONSTANTS, [True, False, True, True])
+    opcheck(torch.ops.mnet_kernels.dwconv_bn_act_triton_backward.default, backward)
+    if requires_grad:
+        for t in p.tensors:
+            t.requires_grad_()
+    opcheck(torch.ops.mnet_kernels.dwconv_bn_act_triton.default, (*p.tensors, *CONSTANTS))
+
+
+@interpreted
+def test_compile_and_export():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 1, 3, 3))
+
+        def forward(self, x):
+            y = ops.dwconv_bn_act(
+                x * 2, self.weight, stride=2, padding="same", activation="silu", backend="triton"
+            )
+            return y.mean((2, 3))
+
+    layer = Layer()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3):
+        x = torch.randn(batch, 4, 6, 6)
+        torch.testing.assert_close(compiled(x), layer(x))
+    (ours,) = torch.autograd.grad(compiled(x).square().sum(), layer.weight)
+    (eager,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    torch.testing.assert_close(ours, eager)
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
+    assert any("dwconv_bn_act_triton" in str(node.target) for node in program.graph.nodes)
+    x = torch.randn(5, 4, 6, 6)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@interpreted
+def test_autocast_convolves_in_the_autocast_dtype():
+    p = problem((2, 3, 5, 6), padding=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = p.run()
+    q = rulers.Problem(p.x.bfloat16(), p.weight.bfloat16(), p.scale, p.shift, p.constants)
+    assert torch.equal(y, q.run())
+
+
+@interpreted
+@pytest.mark.parametrize("in_dims", [(0, None), (1, None), (0, 0)])
+def test_vmap(in_dims):
+    x = torch.randn({0: (2, 1, 3, 4, 4), 1: (1, 2, 3, 4, 4)}[in_dims[0]])
+    weight = torch.randn((3, 1, 3, 3) if in_dims[1] is None else (2, 3, 1, 3, 3))
+
+    def call(x, weight):
+        return ops.dwconv_bn_act(x, weight, padding=1, backend="triton")
+
+    rows = [call(x.select(in_dims[0], i), weight if in_dims[1] is None else weight[i])
+            for i in range(2)]  # fmt: skip
+    torch.testing.assert_close(torch.vmap(call, in_dims)(x, weight), torch.stack(rows))
+
+
+@interpreted
+def test_swap():
+    conv = torch.nn.Conv2d(4, 4, 3, 2, 1, groups=4, bias=False)
+    model = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(4), torch.nn.ReLU6()).eval()
+    fast = swap(model, backend="triton")
+    assert [row.backend for row in explain(fast).rows] == ["triton"]
+    x = torch.randn(2, 4, 7, 7)
+    torch.testing.assert_close(fast(x), model(x))
+
+
+@interpreted
+def test_offsets_of_64_bits():
+    """A padded plane beyond 2^30 pixels, of which the output sees few."""
+    p = problem(
+        (1, 2, 4, 4), (1, 1), padding=(2**30, 2, 2**30, 2), stride=(2**29, 1), activation="identity"
+    )
+    y = p.run()
+    assert y.shape == (1, 2, 5, 8)
+    torch.testing.assert_close(y, _sparse(p, y.shape))
+
+
+def _sparse(p, shape):
+    """Row 2 of the output is row 0 of x, all others are padding."""
+    y = p.shift.view(1, -1, 1, 1).expand(shape).clone()
+    affine = p.x * p.weight.view(1, -1, 1, 1) * p.scale.view(1, -1, 1, 1)
+    y[:, :, 2, 2:6] += affine[:, :, 0]
+    return y
+
+
+@interpreted
+def test_every_configuration(monkeypatch):
+    """Not only the one that the interpreter would take."""
+    from mnet_kernels.triton import launch
+
+    for choice in range(3):
+        monkeypatch.setattr(launch, "interpreted_choice", choice)
+        for channels_last in (False, True):
+            for dtype in (torch.float32, torch.bfloat16):
+                p = problem(
+                    (1, 3, 7, 8), dtype=dtype, channels_last=channels_last, padding=1, stride=1
+                )
+                x = p.x.clone(memory_format=torch.preserve_format).requires_grad_()
+                weight = p.weight.clone().requires_grad_()
+                q = rulers.Problem(x, weight, p.scale, p.shift, p.constants)
+                y = q.run()
+                rulers.assert_correct(p, y.detach())
+                dy = torch.randn(1, 3, 7, 8).to(dtype)
+                found = torch.autograd.grad(y, (x, weight), dy)
+                rulers.assert_gradients_correct(
+                    p, dy, dict(zip(("x", "weight"), found, strict=True))
+                )
+
+
+@traced
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_torch_compile_sees_the_kernels(channels_last):
+    """Forward and backward decompose into kernel launches, with a dynamic batch."""
+    from mnet_kernels.triton import operators
+
+    constants = ((1, 1), (1, 1, 1, 1), (1, 1), "relu6", 0.01)
+
+    def step(x, weight, scale):
+        y = operators.dwconv_bn_act(x, weight, scale, None, *constants)
+        needed = [True, True, True, False]
+        return y, *operators.dwconv_bn_act_backward(y, x, weight, scale, None, *constants, needed)
+
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    with FakeTensorMode():
+        x = torch.empty(4, 8, 14, 14, device="cuda").to(memory_format=layout)
+        weight, scale = torch.empty(8, 1, 3, 3, device="cuda"), torch.empty(8, device="cuda")
+        graph = make_fx(dispatch_functionalize(step), tracing_mode="fake")(x, weight, scale)
+    names = [str(node.target) for node in graph.graph.nodes]
+    kernels = [name for name in names if "triton_kernel_wrapper" in name]
+    assert len(kernels) == 4
+
+
+@traced
+def test_why_triton_cannot_serve_here():
+    reason = backends.why_not("triton")
+    assert re.fullmatch(
+        r"the triton backend serves GPU tensors, not cpu \(.*TRITON_INTERPRET.*\)", reason
+    )
+    assert "float32, float16 and bfloat16, not float64" in backends.why_not(
+        "triton", device="cuda", dtype=torch.float64
+    )
+    if not torch.cuda.is_available():
+        assert backends.why_not("triton", device="cuda") == (
+            "the triton backend needs a GPU, and torch sees none"
+        )
