@@ -43,7 +43,13 @@ PYBIND11_MODULE(_C, m) {
     info["version"] = MNET_VERSION;
     info["compiler"] = __VERSION__;
     info["built_with_torch"] = MNET_TORCH_VERSION;
-    info["backends"] = py::make_tuple("cpu");
+    const std::string why_no_cuda = MNET_WHY_NO_CUDA;  // empty: mnet_kernels._cuda is built too
+    if (why_no_cuda.empty()) {
+      info["backends"] = py::make_tuple("cpu", "cuda");
+    } else {
+      info["backends"] = py::make_tuple("cpu");
+      info["why_no_cuda"] = why_no_cuda;
+    }
     info["instruction_set"] = mnet::cpu::active_kernels().name;
     info["instruction_sets"] = mnet::cpu::instruction_sets();
     return info;

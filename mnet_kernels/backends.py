@@ -5,14 +5,33 @@ Each backend has one predicate; choosing a backend and refusing one use the same
 
 from __future__ import annotations
 
+import importlib
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
 from mnet_kernels import _C
+
+
+def _load_cuda() -> str | None:
+    """Import the CUDA kernels, which registers them with torch; the reason where it fails."""
+    if torch.version.cuda is None:
+        return f"this PyTorch ({torch.__version__}) has no CUDA"
+    if reason := _C.build_info().get("why_no_cuda"):
+        return f"the CUDA kernels are not there: {reason}"
+    try:
+        importlib.import_module("mnet_kernels._cuda")
+    except (ImportError, OSError) as error:
+        return f"the CUDA kernels cannot be loaded: {' '.join(str(error).split())}"
+    return None
+
+
+_why_no_cuda = _load_cuda()
 
 #: Fused kernels first; ``native`` is plain PyTorch and always there.
 NAMES: tuple[str, ...] = ("cpu", "cuda", "triton", "native")
@@ -27,7 +46,34 @@ def _cpu(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _cuda(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "the CUDA kernels are not part of this version of mnet_kernels"
+    if device.type != "cuda":
+        return f"the cuda backend serves CUDA tensors, not {device.type}"
+    if _why_no_cuda is not None:
+        return _why_no_cuda
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU"
+    if dtype == torch.float64:
+        return "the cuda backend serves float32, float16 and bfloat16, not float64"
+    return _compiled_for(device) or _floating("cuda", dtype)
+
+
+@cache
+def _compiled_for(device: torch.device) -> str | None:
+    """None if the CUDA kernels run on this GPU: machine code of its generation, or PTX."""
+    compiled = cuda_info()["architectures"]
+    gpu = torch.cuda.get_device_capability(device)
+    for name in compiled.split():
+        major, minor, specific, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name).groups()
+        architecture = int(major), int(minor)
+        same = gpu == architecture if specific else gpu[0] == architecture[0]
+        if gpu >= architecture and (same or (ptx and not specific)):
+            return None
+    return f"the CUDA kernels are compiled for {compiled}, this GPU has {gpu[0]}.{gpu[1]}"
+
+
+def cuda_info() -> dict[str, Any]:
+    """What the CUDA kernels were built with and for; they must be loaded."""
+    return importlib.import_module("mnet_kernels._cuda").build_info()
 
 
 def _triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -74,10 +120,20 @@ def select(op: str, name: str | None, device: torch.device, dtype: torch.dtype) 
                 f"{op}: backend: expected one that can serve x, got {name!r}: {reason}"
             )
         return name
-    chosen = next(b for b in NAMES if why_not(b, device=device, dtype=dtype) is None)
+    chosen = _automatic(str(device), dtype)
     if chosen == "native" and dtype in _FLOATING:  # other dtypes are an error of the call itself
         _warn_native(op, device.type)
     return chosen
+
+
+@torch.compiler.assume_constant_result  # nothing for torch.compile to trace
+def _automatic(device: str, dtype: torch.dtype) -> str:
+    return _first(device, dtype)
+
+
+@cache
+def _first(device: str, dtype: torch.dtype) -> str:
+    return next(b for b in NAMES if why_not(b, device=device, dtype=dtype) is None)
 
 
 @cache  # once an operator and device type
@@ -105,6 +161,12 @@ def table() -> list[BackendRow]:
         f"{', '.join(info['instruction_sets'])})",
         "native": f"PyTorch {torch.__version__}",
     }
+    if why_not("cuda", device="cuda") is None:
+        cuda = cuda_info()
+        details["cuda"] = (
+            f"{torch.cuda.get_device_name()} (compiled for {cuda['architectures']} by nvcc "
+            f"{cuda['nvcc']})"
+        )
     devices = {"cpu": "cpu", "native": "cpu", "cuda": "cuda", "triton": "cuda"}
     rows = []
     for name in NAMES:

@@ -1,0 +1,260 @@
+"""What nvcc made of a kernel, read without a GPU: registers, local memory, the width of its global
+accesses, how many blocks a multiprocessor holds, and how many bytes it then has in flight.
+
+python tests/machine_code.py renews the committed table (tests/machine_code.json).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+TABLE = Path(__file__).with_suffix(".json")
+CACHE = ROOT / "build" / "machine_code"
+ARCHITECTURES = (80, 90, 100)
+
+
+class Unavailable(RuntimeError):
+    """There is no nvcc or no cuobjdump; the message says which and where it was looked for."""
+
+
+# ---- what a multiprocessor holds (CUDA C++ Programming Guide, "Technical Specifications") ----
+WARPS, BLOCKS, REGISTERS = 64, 32, 65536
+SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+SHARED_OF_THE_SYSTEM = 1024  # beside each block's own; cuobjdump counts it in from sm_90 on
+
+
+def blocks_per_sm(architecture: int, threads: int, registers: int, shared: int) -> int:
+    """How many blocks of so many threads run at once; registers a thread, shared bytes a block
+    (its own)."""
+    warps = -(-threads // 32)
+    registers_of_a_warp = -(-registers * 32 // 256) * 256
+    # A warp's registers come from one of four partitions.
+    by_registers = REGISTERS // 4 // registers_of_a_warp * 4 // warps
+    by_shared = SHARED[architecture] // (-(-shared // 128) * 128 + SHARED_OF_THE_SYSTEM)
+    return min(BLOCKS, WARPS // warps, by_registers, by_shared)
+
+
+# ---- tools ----
+@cache
+def nvcc() -> str:
+    for candidate in ("nvcc", "/usr/local/cuda/bin/nvcc"):
+        if found := shutil.which(candidate):
+            return found
+    raise Unavailable("there is no nvcc (on PATH, in /usr/local/cuda)")
+
+
+@cache
+def nvcc_version() -> str:
+    return re.search(r"release ([\d.]+)", _output(nvcc(), "--version"))[1]
+
+
+@cache
+def cuobjdump() -> str:
+    """From PATH, from nvcc's toolkit, or from Triton's package."""
+    candidates = ["cuobjdump", "/usr/local/cuda/bin/cuobjdump"]
+    try:
+        import triton.backends.nvidia
+
+        candidates.append(str(Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"))
+    except ImportError:
+        pass
+    for candidate in candidates:
+        if found := shutil.which(candidate):
+            return found
+    raise Unavailable(f"there is no cuobjdump (looked for {', '.join(candidates)})")
+
+
+def _output(*command: str | Path) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def cubin(source: Path, architecture: int) -> Path:
+    """`source` compiled with the product's flags; kept for as long as nothing it reads changes."""
+    flags = ROOT / "csrc/cuda/nvcc.flags"
+    read = [source, flags, *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh")]
+    read += (ROOT / "csrc/cuda").glob("*.h")
+    digest = hashlib.sha256(f"{nvcc_version()} {architecture}".encode())
+    for path in sorted(read):
+        digest.update(path.read_bytes())
+    target = CACHE / f"{source.stem}-sm_{architecture}-{digest.hexdigest()[:16]}.cubin"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_suffix(".unfinished")
+        _output(
+            nvcc(), "-cubin", f"-arch=sm_{architecture}", "--options-file", flags,
+            "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA",
+            *(f"-isystem={path}" for path in include_paths()), source, "-o", unfinished,
+        )  # fmt: skip
+        unfinished.rename(target)
+    return target
+
+
+# ---- reading ----
+@dataclass(frozen=True)
+class Kernel:
+    """One instantiation of a kernel on one architecture."""
+
+    name: str
+    architecture: int
+    threads: int  # a block, by its __launch_bounds__
+    registers: int  # a thread
+    shared: int  # static bytes a block
+    local: int  # bytes of local memory a thread: spills, arrays with a computed index
+    local_accesses: int  # LDL and STL instructions
+    load_bytes: int  # the widest global load
+    store_bytes: int  # the widest global store
+    blocks_per_sm: int
+    loads_in_flight: int  # bytes a thread has asked for before it must wait
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """A multiprocessor full of these blocks waits for so many bytes."""
+        return self.blocks_per_sm * self.threads * self.loads_in_flight
+
+
+def kernels(source: Path, architecture: int) -> list[Kernel]:
+    """Every kernel that `source` instantiates."""
+    file = cubin(source, architecture)
+    usage = dict(_usage(_output(cuobjdump(), "-res-usage", file)))
+    threads = dict(_threads(_output(cuobjdump(), "-elf", file)))
+    found = []
+    for name, code in _functions(_output(cuobjdump(), "-sass", file)):
+        registers, stack, shared, local = usage[name]
+        if architecture >= 90 and shared:
+            shared -= SHARED_OF_THE_SYSTEM
+        loads = [_width(op) for op, _ in code if op.startswith("LDG")]
+        stores = [_width(op) for op, _ in code if op.startswith("STG")]
+        found.append(Kernel(
+            name, architecture, threads[name], registers, shared, stack + local,
+            sum(op.startswith(("LDL", "STL")) for op, _ in code),
+            max(loads, default=0), max(stores, default=0),
+            blocks_per_sm(architecture, threads[name], registers, shared), loads_in_flight(code),
+        ))  # fmt: skip
+    names = _demangled([k.name for k in found])
+    return [Kernel(**asdict(k) | {"name": n}) for k, n in zip(found, names, strict=True)]
+
+
+Code = list[tuple[str, str]]  # (operation, operands)
+
+
+def loads_in_flight(code: Code) -> int:
+    """The most bytes of global loads that are under way when an instruction first needs one.
+
+    The code is read from top to bottom, as if no branch were taken. Loads return in order, so
+    whoever waits for one has waited for those before it.
+    """
+    most, waiting = 0, []  # (registers, bytes), oldest first
+    for operation, operands in code:
+        named = _registers(operands)
+        for i in reversed(range(len(waiting))):
+            if waiting[i][0] & named:
+                most = max(most, sum(size for _, size in waiting))
+                del waiting[: i + 1]
+                break
+        if operation.startswith("LDG."):
+            first, size = re.match(r"(?:P\d+, )?R(\d+)", operands), _width(operation)
+            if first is not None:
+                begin = int(first[1])
+                waiting.append((set(range(begin, begin + -(-size // 4))), size))
+    return max(most, sum(size for _, size in waiting))
+
+
+def _registers(operands: str) -> set[int]:
+    named = set()
+    for number, width in re.findall(r"\bR(\d+)(?:\.(64|128))?", operands):
+        count = {"": 1, "64": 2, "128": 4}[width]
+        named |= set(range(int(number), int(number) + count))
+    return named
+
+
+def _width(operation: str) -> int:
+    """Bytes that a load or store moves a thread."""
+    for part in operation.split(".")[1:]:
+        if part in ("64", "128", "256"):
+            return int(part) // 8
+        if part in ("U8", "S8", "U16", "S16"):
+            return int(part[1:]) // 8
+    return 4
+
+
+def _functions(sass: str) -> Iterator[tuple[str, Code]]:
+    for part in sass.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        code = re.findall(r"^\s+/\*\w{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", body, re.M)
+        yield name.strip(), [(op, operands.strip()) for op, operands in code]
+
+
+def _usage(report: str) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
+    """(registers, stack, shared, local) of each function."""
+    pattern = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    for name, *numbers in re.findall(pattern, report):
+        yield name, tuple(map(int, numbers))
+
+
+def _threads(elf: str) -> Iterator[tuple[str, int]]:
+    """The block size that each function is compiled for."""
+    for part in elf.split("\n.nv.info.")[1:]:
+        bounds = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\s+Format:.*\s+Value:\s*(.*)", part)
+        assert bounds, f"{part.partition(chr(10))[0]} has no __launch_bounds__"
+        x, y, z = (int(n, 16) for n in bounds[1].split()[:3])
+        yield part.partition("\n")[0].strip(), x * y * z
+
+
+def _demangled(names: list[str]) -> list[str]:
+    """Short enough to read: without namespaces, return type and parameters."""
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout
+    short = [line.removeprefix("void ").rpartition("(")[0] or line for line in text.splitlines()]
+    return [re.sub(r"\b(?:mnet|cuda|detail)::", "", line) for line in short]
+
+
+# ---- the committed table ----
+def measured() -> list[Kernel]:
+    """All kernels of all architectures."""
+    jobs = [(source, architecture) for architecture in ARCHITECTURES for source in SOURCES]
+    with ThreadPoolExecutor(2) as pool:
+        return [k for found in pool.map(lambda job: kernels(*job), jobs) for k in found]
+
+
+def committed() -> dict[str, dict[str, dict[str, int]]]:
+    """architecture -> kernel -> its numbers, and "nvcc" -> the release that made them."""
+    return json.loads(TABLE.read_text())
+
+
+def row(kernel: Kernel) -> dict[str, int]:
+    numbers = asdict(kernel) | {"bytes_in_flight": kernel.bytes_in_flight}
+    del numbers["name"], numbers["architecture"]
+    return numbers
+
+
+def write(found: list[Kernel]) -> None:
+    lines = [f'{{"nvcc": "{nvcc_version()}"']
+    for architecture in ARCHITECTURES:
+        rows = sorted((k for k in found if k.architecture == architecture), key=lambda k: k.name)
+        inner = ",\n".join(f"  {json.dumps(k.name)}: {json.dumps(row(k))}" for k in rows)
+        lines.append(f'"sm_{architecture}": {{\n{inner}}}')
+    TABLE.write_text(",\n".join(lines) + "}\n")
+
+
+if __name__ == "__main__":
+    found = measured()
+    write(found)
+    print(f"{TABLE}: {len(found)} kernels")
+    sys.exit(0)
