@@ -87,8 +87,8 @@ class Nvcc:
             if match is None or match[1] + match[2] not in self.known:
                 known = " ".join(sorted(self.known, key=lambda a: (len(a), a)))
                 raise SystemExit(
-                    f"mnet_kernels: TORCH_CUDA_ARCH_LIST: expected numbers that nvcc {self.version} "
-                    f'knows (sm_{known}), as in "8.0 9.0+PTX", got {name!r}'
+                    'mnet_kernels: TORCH_CUDA_ARCH_LIST: expected numbers as in "8.0 9.0+PTX", '
+                    f"of what nvcc {self.version} knows (sm_{known}), got {name!r}"
                 )
             number = match[1] + match[2]
             flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
@@ -104,7 +104,8 @@ class Nvcc:
             f"--threads={max(1, JOBS // len(sources))}", *self.architecture_flags(architectures),
             *(f"-isystem={path}" for path in include_paths()),
         ]  # fmt: skip
-        read = [*Path("csrc").glob("*.h"), *Path("csrc/cuda").iterdir()]
+        read = [*Path("csrc").glob("*.h")]
+        read += (path for path in Path("csrc/cuda").iterdir() if path.suffix != ".cpp")
         digest = hashlib.sha256(repr((command, self.version, torch.__version__)).encode())
         for path in sorted(read):
             digest.update(path.read_bytes())

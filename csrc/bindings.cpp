@@ -1,4 +1,6 @@
 // Build and kernel facts for Python. The operators themselves go through the dispatcher (ops.cpp).
+// No torch header is used here; some versions of torch forbid their pybind11 under this macro.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

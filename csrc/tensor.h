@@ -10,6 +10,10 @@
 
 #include "problem.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // older headers have only the one without a message
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace mnet {
 
 using torch::headeronly::ScalarType;

@@ -133,8 +133,9 @@ class FusedConv2d(nn.Conv2d):
 
     def _depthwise(self, x: Tensor, weight: Tensor) -> Tensor:
         fusion = self.fusion
-        # Other dtypes are converted by the kernel's own pass over the weight.
-        constants = self._constants(x, weight, "by_tap" if x.dtype == torch.float32 else "as_is")
+        # Other dtypes are converted by the CPU kernel's own pass over the weight.
+        by_tap = x.is_cpu and x.dtype == torch.float32
+        constants = self._constants(x, weight, "by_tap" if by_tap else "as_is")
         return ops.dwconv_bn_act(
             x,
             *constants,

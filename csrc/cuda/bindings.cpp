@@ -1,5 +1,7 @@
 // Facts about the CUDA kernels for Python. Importing it registers them with torch
 // (dwconv_bn_act.cu).
+// No torch header is used here; some versions of torch forbid their pybind11 under this macro.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
