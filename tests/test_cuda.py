@@ -106,6 +106,18 @@ def test_edges(force, dtype, channels_last, kernel, constants, margin):
     assert seen
 
 
+@every_dtype
+@both_layouts
+def test_sanitized(force, dtype, channels_last):
+    """A choice of the edges for compute-sanitizer, to which every launch costs much."""
+    for (kernel, constants), shape in itertools.product(FAST, SHAPES[2:9:2]):
+        p = problem(
+            shape, kernel, dtype=dtype, channels_last=channels_last, device="cuda", margin=0,
+            activation="relu6", **constants,
+        )  # fmt: skip
+        check_every_kernel(p, channels_last, force)
+
+
 def test_edges_reach_every_kernel():
     """No variant is left out by the shapes above."""
     seen = set()
