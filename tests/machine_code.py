@@ -18,10 +18,13 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from torch.utils.cpp_extension import include_paths
-
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+# Those with kernels; the operators' own files hold none and take longest to compile.
+SOURCES = [
+    path
+    for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    if '.cuh"' in path.read_text() and "torch/" not in path.read_text()
+]
 TABLE = Path(__file__).with_suffix(".json")
 CACHE = ROOT / "build" / "machine_code"
 ARCHITECTURES = (80, 90, 100)
@@ -98,8 +101,7 @@ def cubin(source: Path, architecture: int) -> Path:
         unfinished = target.with_suffix(".unfinished")
         _output(
             nvcc(), "-cubin", f"-arch=sm_{architecture}", "--options-file", flags,
-            "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA",
-            *(f"-isystem={path}" for path in include_paths()), source, "-o", unfinished,
+            source, "-o", unfinished,
         )  # fmt: skip
         unfinished.rename(target)
     return target
@@ -138,11 +140,11 @@ def kernels(source: Path, architecture: int) -> list[Kernel]:
         registers, stack, shared, local = usage[name]
         if architecture >= 90 and shared:
             shared -= SHARED_OF_THE_SYSTEM
-        loads = [_width(op) for op, _ in code if op.startswith("LDG")]
-        stores = [_width(op) for op, _ in code if op.startswith("STG")]
+        loads = [_width(op) for _, op, _ in code if op.startswith("LDG")]
+        stores = [_width(op) for _, op, _ in code if op.startswith("STG")]
         found.append(Kernel(
             name, architecture, threads[name], registers, shared, stack + local,
-            sum(op.startswith(("LDL", "STL")) for op, _ in code),
+            sum(op.startswith(("LDL", "STL")) for _, op, _ in code),
             max(loads, default=0), max(stores, default=0),
             blocks_per_sm(architecture, threads[name], registers, shared), loads_in_flight(code),
         ))  # fmt: skip
@@ -150,17 +152,29 @@ def kernels(source: Path, architecture: int) -> list[Kernel]:
     return [Kernel(**asdict(k) | {"name": n}) for k, n in zip(found, names, strict=True)]
 
 
-Code = list[tuple[str, str]]  # (operation, operands)
+Code = list[tuple[int, str, str]]  # (address, operation, operands)
 
 
 def loads_in_flight(code: Code) -> int:
-    """The most bytes of global loads that are under way when an instruction first needs one.
-
-    The code is read from top to bottom, as if no branch were taken. Loads return in order, so
-    whoever waits for one has waited for those before it.
+    """The most bytes of global loads that are under way when an instruction first needs one: in
+    the loops that load, where there are some (what comes before them are weights), else anywhere.
     """
+    bodies = []
+    for address, operation, operands in code:
+        target = re.match(r"0x(\w+)", operands) if operation.startswith("BRA") else None
+        if target is not None and int(target[1], 16) < address:
+            body = [line for line in code if int(target[1], 16) <= line[0] <= address]
+            if any(line[1].startswith("LDG") for line in body):
+                bodies.append(body)
+    # Twice, for what one turn of a loop loads for the next.
+    return max((_waiting(body + body) for body in bodies), default=0) or _waiting(code)
+
+
+def _waiting(code: Code) -> int:
+    """From top to bottom, as if no branch were taken. Loads return in order, so whoever waits for
+    one has waited for those before it."""
     most, waiting = 0, []  # (registers, bytes), oldest first
-    for operation, operands in code:
+    for _, operation, operands in code:
         named = _registers(operands)
         for i in reversed(range(len(waiting))):
             if waiting[i][0] & named:
@@ -196,8 +210,9 @@ def _width(operation: str) -> int:
 def _functions(sass: str) -> Iterator[tuple[str, Code]]:
     for part in sass.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
-        code = re.findall(r"^\s+/\*\w{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);", body, re.M)
-        yield name.strip(), [(op, operands.strip()) for op, operands in code]
+        line = r"^\s+/\*(\w{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);"
+        code = re.findall(line, body, re.M)
+        yield name.strip(), [(int(at, 16), op, operands.strip()) for at, op, operands in code]
 
 
 def _usage(report: str) -> Iterator[tuple[str, tuple[int, int, int, int]]]:

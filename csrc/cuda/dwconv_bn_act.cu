@@ -107,11 +107,13 @@ CallFacts facts_of_call(const std::vector<int64_t>& x, const std::string& dtype,
   input.dtype = dtype == "float32"    ? DType::float32
                 : dtype == "float16"  ? DType::float16
                 : dtype == "bfloat16" ? DType::bfloat16
+                : dtype == "float64"  ? DType::float64
                                       : DType::other;
   taps.dtype = input.dtype;
   input.dtype_name = taps.dtype_name = dtype.c_str();
   const Problem p =
       checked_problem(kOp, input, taps, {}, {}, {stride, padding, dilation, "relu6", 0});
+  check_dtype(p);
   const DwconvCall call = call_of(p, channels_last);
   const char* variant = variant_for(call);
   KernelFacts kernel;
