@@ -6,7 +6,6 @@ Each backend has one predicate; choosing a backend and refusing one use the same
 from __future__ import annotations
 
 import importlib
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,9 +62,11 @@ def _compiled_for(device: torch.device) -> str | None:
     compiled = cuda_info()["architectures"]
     gpu = torch.cuda.get_device_capability(device)
     for name in compiled.split():
-        major, minor, specific, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name).groups()
-        architecture = int(major), int(minor)
-        same = gpu == architecture if specific else gpu[0] == architecture[0]
+        number, _, ptx = name.partition("+")
+        specific = number[-1] in "af"
+        major, minor = map(int, number.rstrip("af").split("."))
+        architecture = major, minor
+        same = gpu == architecture if specific else gpu[0] == major
         if gpu >= architecture and (same or (ptx and not specific)):
             return None
     return f"the CUDA kernels are compiled for {compiled}, this GPU has {gpu[0]}.{gpu[1]}"
