@@ -7,6 +7,7 @@ python tests/machine_code.py renews the committed table (tests/machine_code.json
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -28,6 +29,7 @@ SOURCES = [
 TABLE = Path(__file__).with_suffix(".json")
 CACHE = ROOT / "build" / "machine_code"
 ARCHITECTURES = (80, 90, 100)
+ELEMENTS = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
 
 
 class Unavailable(RuntimeError):
@@ -116,7 +118,7 @@ class Kernel:
     architecture: int
     threads: int  # a block, by its __launch_bounds__
     registers: int  # a thread
-    shared: int  # static bytes a block
+    shared: int  # bytes a block, with what the launcher asks for
     local: int  # bytes of local memory a thread: spills, arrays with a computed index
     local_accesses: int  # LDL and STL instructions
     load_bytes: int  # the widest global load
@@ -135,21 +137,49 @@ def kernels(source: Path, architecture: int) -> list[Kernel]:
     file = cubin(source, architecture)
     usage = dict(_usage(_output(cuobjdump(), "-res-usage", file)))
     threads = dict(_threads(_output(cuobjdump(), "-elf", file)))
+    functions = list(_functions(_output(cuobjdump(), "-sass", file)))
     found = []
-    for name, code in _functions(_output(cuobjdump(), "-sass", file)):
-        registers, stack, shared, local = usage[name]
+    for (mangled, code), name in zip(functions, _demangled([f[0] for f in functions]), strict=True):
+        registers, stack, shared, local = usage[mangled]
         if architecture >= 90 and shared:
             shared -= SHARED_OF_THE_SYSTEM
+        shared += dynamic_shared().get(_variant(name), 0)
         loads = [_width(op) for _, op, _ in code if op.startswith("LDG")]
         stores = [_width(op) for _, op, _ in code if op.startswith("STG")]
         found.append(Kernel(
-            name, architecture, threads[name], registers, shared, stack + local,
+            name, architecture, threads[mangled], registers, shared, stack + local,
             sum(op.startswith(("LDL", "STL")) for _, op, _ in code),
             max(loads, default=0), max(stores, default=0),
-            blocks_per_sm(architecture, threads[name], registers, shared), loads_in_flight(code),
+            blocks_per_sm(architecture, threads[mangled], registers, shared), loads_in_flight(code),
         ))  # fmt: skip
-    names = _demangled([k.name for k in found])
-    return [Kernel(**asdict(k) | {"name": n}) for k, n in zip(found, names, strict=True)]
+    return found
+
+
+@cache
+def dynamic_shared() -> dict[tuple[str, str], int]:
+    """The most shared memory that a block is given at run time on MobileNet V1's layers, by variant
+    and element; empty where the CUDA extension cannot be loaded to tell."""
+    try:
+        from mnet_kernels import _cuda
+    except ImportError:
+        return {}
+    most: dict[tuple[str, str], int] = {}
+    layers = (ROOT / "benchmarks/shapes/mobilenet_v1.csv").read_text().splitlines()[1:]
+    for line, dtype, last in itertools.product(layers, ELEMENTS, (False, True)):
+        c, h, w, kernel, stride, _ = map(int, line.split(","))
+        call = [32, c, h, w], dtype, last, [c, 1, kernel, kernel], [stride], [kernel // 2]
+        for variant in _cuda.facts_of_call(*call).able:
+            _cuda.force_variant(variant)
+            key = variant, ELEMENTS[dtype]
+            most[key] = max(most.get(key, 0), _cuda.facts_of_call(*call).shared_bytes)
+            _cuda.force_variant("")
+    return most
+
+
+def _variant(kernel: str) -> tuple[str, str]:
+    """(variant, element) of dwconv_VARIANT<ELEMENT, ...>."""
+    match = re.match(r"dwconv_(\w+)<(\w+)", kernel)
+    return match.groups() if match else (kernel, "")
 
 
 Code = list[tuple[int, str, str]]  # (address, operation, operands)
@@ -269,7 +299,9 @@ def write(found: list[Kernel]) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    if not dynamic_shared():
+        sys.exit("machine_code.py: shared memory is not known: build mnet_kernels._cuda first")
     found = measured()
     write(found)
     print(f"{TABLE}: {len(found)} kernels")
-    sys.exit(0)
