@@ -1,21 +1,21 @@
 """What nvcc made of a kernel, read without a GPU: registers, local memory, the width of its global
 accesses, how many blocks a multiprocessor holds, and how many bytes it then has in flight.
 
-python tests/machine_code.py renews the committed table (tests/machine_code.json).
+python tests/machine_code.py renews the committed table (tests/machine_code.csv).
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import itertools
-import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -26,9 +26,13 @@ SOURCES = [
     for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
     if '.cuh"' in path.read_text() and "torch/" not in path.read_text()
 ]
-TABLE = Path(__file__).with_suffix(".json")
+TABLE = Path(__file__).with_suffix(".csv")
 CACHE = ROOT / "build" / "machine_code"
 ARCHITECTURES = (80, 90, 100)
+COLUMNS = (
+    "threads", "registers", "shared", "load_bytes", "store_bytes", "blocks_per_sm",
+    "bytes_in_flight",
+)  # fmt: skip
 ELEMENTS = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
 
 
@@ -278,24 +282,25 @@ def measured() -> list[Kernel]:
         return [k for found in pool.map(lambda job: kernels(*job), jobs) for k in found]
 
 
-def committed() -> dict[str, dict[str, dict[str, int]]]:
-    """architecture -> kernel -> its numbers, and "nvcc" -> the release that made them."""
-    return json.loads(TABLE.read_text())
-
-
-def row(kernel: Kernel) -> dict[str, int]:
-    numbers = asdict(kernel) | {"bytes_in_flight": kernel.bytes_in_flight}
-    del numbers["name"], numbers["architecture"]
-    return numbers
+def committed() -> tuple[str, dict[int, dict[str, dict[str, int]]]]:
+    """(the nvcc release that made them, architecture -> kernel -> its numbers by COLUMNS)."""
+    with open(TABLE, newline="") as lines:
+        release = lines.readline().split()[-1]
+        table: dict[int, dict[str, dict[str, int]]] = {a: {} for a in ARCHITECTURES}
+        for row in csv.DictReader(lines):
+            numbers = {name: int(row[name]) for name in COLUMNS}
+            table[int(row["sm"])][row["kernel"]] = numbers
+    return release, table
 
 
 def write(found: list[Kernel]) -> None:
-    lines = [f'{{"nvcc": "{nvcc_version()}"']
-    for architecture in ARCHITECTURES:
-        rows = sorted((k for k in found if k.architecture == architecture), key=lambda k: k.name)
-        inner = ",\n".join(f"  {json.dumps(k.name)}: {json.dumps(row(k))}" for k in rows)
-        lines.append(f'"sm_{architecture}": {{\n{inner}}}')
-    TABLE.write_text(",\n".join(lines) + "}\n")
+    with open(TABLE, "w", newline="") as lines:
+        lines.write(f"# nvcc {nvcc_version()}\n")
+        rows = csv.writer(lines, lineterminator="\n")
+        rows.writerow(["sm", "kernel", *COLUMNS])
+        for kernel in sorted(found, key=lambda k: (k.architecture, k.name)):
+            numbers = [getattr(kernel, name) for name in COLUMNS]
+            rows.writerow([kernel.architecture, kernel.name, *numbers])
 
 
 if __name__ == "__main__":
