@@ -115,7 +115,7 @@ def select(op: str, name: str | None, device: torch.device, dtype: torch.dtype) 
         RuntimeError: `name` cannot serve; the message names operator, expected and actual.
     """
     if name is not None:
-        reason = why_not(name, device=device, dtype=dtype)
+        reason = _refusal(name, str(device), dtype)
         if reason is not None:
             raise RuntimeError(
                 f"{op}: backend: expected one that can serve x, got {name!r}: {reason}"
@@ -127,7 +127,13 @@ def select(op: str, name: str | None, device: torch.device, dtype: torch.dtype) 
     return chosen
 
 
-@torch.compiler.assume_constant_result  # nothing for torch.compile to trace
+# What devices are there is nothing for torch.compile to trace.
+@torch.compiler.assume_constant_result
+def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
+    return why_not(name, device=device, dtype=dtype)
+
+
+@torch.compiler.assume_constant_result
 def _automatic(device: str, dtype: torch.dtype) -> str:
     return _first(device, dtype)
 
