@@ -116,7 +116,8 @@ class Nvcc:
             stamp = target.with_suffix(".stamp")
             if not (target.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest()):
                 print(f"nvcc {source} ({' '.join(architectures)})", flush=True)
-                subprocess.run([*command, source, "-o", target], check=True)
+                if subprocess.run([*command, source, "-o", target]).returncode != 0:
+                    raise SystemExit(f"mnet_kernels: nvcc failed on {source}")
                 stamp.write_text(digest.hexdigest())
             return str(target)
 
