@@ -239,38 +239,44 @@ def main() -> int:
         parser.error(f"--stages: expected some of {', '.join(SHARES)}, got {', '.join(unknown)}")
 
     whole = 60 * options.minutes / sum(SHARES[name] for name in chosen)
-    result: dict[str, Any] = {"environment": {}, "stages": {}}
-    previous = json.loads(options.output.read_text()) if options.output.exists() else None
-
-    def save() -> None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text(table(result))
-
     steps = {"build": build, "tests": tests, "sanitizer": sanitizer}
+    result: dict[str, Any] = {}
+    passed = True
     for name in [stage for stage in SHARES if stage in chosen]:
         share, start = SHARES[name] * whole, time.monotonic()
         print(f"== {name} (at most {share / 60:.1f} minutes)", flush=True)
-        if name != "build" and not result["environment"]:
-            result["environment"] = facts = environment(120)
-            facts["commit"] = facts.get("commit") or options.commit
-            if facts.get("why_not") or facts.get("error"):
-                print(f"there is nothing to run on: {facts.get('why_not') or facts['error']}")
-                return 1
-            # Stages of the same commit on the same GPU belong together.
-            old = (previous or {}).get("environment", {})
-            if all(old.get(key) == facts.get(key) for key in ("commit", "gpu", "torch")):
-                result["stages"] = previous["stages"] | result["stages"]
+        if name != "build" and not result:
+            result = begin(options.output, options.commit)
         step = steps.get(name)
         stage = step(share) if step else measured(name, share)
         stage["seconds"] = round(time.monotonic() - start, 1)
+        if not result:  # it was the build, which the rest needs
+            if not stage["passed"]:
+                return 1
+            result = begin(options.output, options.commit)
         result["stages"][name] = stage
-        save()
-        if name == "build" and not stage["passed"]:
-            break
+        passed = passed and stage.get("passed", True)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text(table(result))
     print(table(result))
     print(f"Result: {options.output}, {options.output.with_suffix('.md').name}")
-    return int(any(result["stages"][name].get("passed") is False for name in result["stages"]))
+    return 0 if passed else 1
+
+
+def begin(output: Path, commit: str | None) -> dict[str, Any]:
+    """A result without stages, or with those of `output` if it is of the same commit and GPU."""
+    facts = environment(120)
+    facts["commit"] = facts.get("commit") or commit
+    if reason := facts.get("error") or facts.get("why_not"):
+        raise SystemExit(f"there is nothing to run on: {reason}")
+    result = {"environment": facts, "stages": {}}
+    if output.exists():
+        previous = json.loads(output.read_text())
+        known = previous["environment"]
+        if all(known.get(key) == facts.get(key) for key in ("commit", "gpu", "torch")):
+            result["stages"] = previous["stages"]
+    return result
 
 
 if __name__ == "__main__":
