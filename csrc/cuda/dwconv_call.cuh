@@ -80,6 +80,32 @@ __device__ __forceinline__ void activate_all(Activation activation, float slope,
   }
 }
 
+// NaN stays NaN.
+__device__ __forceinline__ float clamp(float z, float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(z) : "f"(low));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(z) : "f"(high));
+  return z;
+#else
+  z = z < low ? low : z;
+  return z > high ? high : z;
+#endif
+}
+
+// Activations that are a clamp need no switch where they are used.
+inline bool clamps(Activation activation) {
+  return activation == Activation::identity || activation == Activation::relu ||
+         activation == Activation::relu6;
+}
+
+template <int Count>
+__device__ __forceinline__ void clamp_all(Activation activation, float (&z)[Count]) {
+  const float low = activation == Activation::identity ? -INFINITY : 0;
+  const float high = activation == Activation::relu6 ? 6 : INFINITY;
+#pragma unroll
+  for (int i = 0; i < Count; ++i) z[i] = clamp(z[i], low, high);
+}
+
 // scale[k], or 1 where there is none; likewise shift and 0.
 __device__ __forceinline__ float per_channel(const float* values, int64_t k, float otherwise) {
   return values ? load<1>(values + k).lane[0] : otherwise;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "machine.cuh"
 
@@ -100,6 +101,37 @@ __device__ __forceinline__ float16 narrow<float16>(float value) {
   return {__half_as_ushort(__float2half_rn(value))};
 #else
   return host::narrow_to_float16(value);
+#endif
+}
+
+// Two 16-bit elements in a word, the first in its low half.
+template <typename Element>
+__device__ __forceinline__ float widen_low(uint32_t two) {
+  return widen(Element{static_cast<uint16_t>(two)});
+}
+
+template <typename Element>
+__device__ __forceinline__ float widen_high(uint32_t two) {
+#ifdef __CUDACC__
+  if constexpr (std::is_same_v<Element, bfloat16>) return __uint_as_float(two & 0xffff0000u);
+#endif
+  return widen(Element{static_cast<uint16_t>(two >> 16)});
+}
+
+template <typename Element>
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+#ifdef __CUDACC__
+  uint32_t two;
+  if constexpr (std::is_same_v<Element, bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&two, &pair, sizeof two);
+  } else {
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&two, &pair, sizeof two);
+  }
+  return two;
+#else
+  return narrow<Element>(low).bits | static_cast<uint32_t>(narrow<Element>(high).bits) << 16;
 #endif
 }
 

@@ -8,16 +8,23 @@
 
 namespace mnet::cuda {
 
-template <typename Element, int V>
+template <typename Element, int V, bool Pairs = sizeof(Element) == 2 && (V > 1)>
 struct alignas(sizeof(Element) * V) Vector {
   static_assert(sizeof(Element) * V <= 16 && (V & (V - 1)) == 0, "one memory instruction");
   Element lane[V];
 };
 
+// 16-bit elements stay in pairs, as registers hold them; widen() and narrow() reach them.
+template <typename Element, int V>
+struct alignas(sizeof(Element) * V) Vector<Element, V, true> {
+  static_assert(V <= 8 && (V & (V - 1)) == 0, "one memory instruction");
+  uint32_t pair[V / 2];
+};
+
 // What one memory instruction moves.
+#ifdef __CUDACC__
 template <int Bytes>
 struct Word;
-#ifdef __CUDACC__
 template <>
 struct Word<2> {
   using type = unsigned short;
@@ -44,9 +51,10 @@ __device__ __forceinline__ Vector<Element, V> load(const Element* from, bool val
   Vector<Element, V> vector{};
 #ifdef __CUDACC__
   using W = typename Word<sizeof(vector)>::type;
-  W word{};
-  if (valid) word = __ldg(reinterpret_cast<const W*>(from));
-  memcpy(&vector, &word, sizeof vector);
+  if (valid) {
+    const W word = __ldg(reinterpret_cast<const W*>(from));
+    memcpy(&vector, &word, sizeof vector);
+  }
 #else
   if (emulation::access(emulation::Space::global_load, from, sizeof vector, valid, line))
     std::memcpy(&vector, from, sizeof vector);
@@ -75,9 +83,10 @@ __device__ __forceinline__ Vector<Element, V> load_shared(const Element* from, b
   Vector<Element, V> vector{};
 #ifdef __CUDACC__
   using W = typename Word<sizeof(vector)>::type;
-  W word{};
-  if (valid) word = *reinterpret_cast<const W*>(from);
-  memcpy(&vector, &word, sizeof vector);
+  if (valid) {
+    const W word = *reinterpret_cast<const W*>(from);
+    memcpy(&vector, &word, sizeof vector);
+  }
 #else
   if (emulation::access(emulation::Space::shared_load, from, sizeof vector, valid, line))
     std::memcpy(&vector, from, sizeof vector);
@@ -100,10 +109,29 @@ __device__ __forceinline__ void store_shared(Element* to, const Vector<Element, 
 }
 
 template <typename Element, int V>
+__device__ __forceinline__ void widen(const Vector<Element, V>& vector, float (&values)[V]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    if constexpr (sizeof(Element) == 2 && V > 1) {
+      const uint32_t two = vector.pair[v / 2];
+      values[v] = v % 2 == 0 ? widen_low<Element>(two) : widen_high<Element>(two);
+    } else {
+      values[v] = widen(vector.lane[v]);
+    }
+  }
+}
+
+template <typename Element, int V>
 __device__ __forceinline__ Vector<Element, V> narrow(const float (&values)[V]) {
   Vector<Element, V> vector;
 #pragma unroll
-  for (int v = 0; v < V; ++v) vector.lane[v] = narrow<Element>(values[v]);
+  for (int v = 0; v < V; ++v) {
+    if constexpr (sizeof(Element) == 2 && V > 1) {
+      if (v % 2 == 0) vector.pair[v / 2] = narrow_pair<Element>(values[v], values[v + 1]);
+    } else {
+      vector.lane[v] = narrow<Element>(values[v]);
+    }
+  }
   return vector;
 }
 
