@@ -5,14 +5,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Known-good versions for the demo, the tests and the benchmarks; users are free (torch>=2.10).
 PINS := -c constraints.txt
-SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help install demo test bench readme lint format clean
+.PHONY: help install demo test bench gpu readme lint format clean
 help:
 	@echo "make install   set up $(VENV): torch and the rest, and build the kernels"
 	@echo "make demo      a pretrained MobileNet on real photographs: native against swapped"
 	@echo "make test      the tests"
 	@echo "make bench     the benchmark suite; leaves its JSON in benchmarks/results/"
+	@echo "make gpu       on a machine with a GPU, without network and $(VENV): build with $(PYTHON) and"
+	@echo "               its torch, test, sanitize, benchmark; GPU='--stages build,tests' chooses"
 	@echo "make readme    renew the README's tables from the committed results"
 	@echo "make lint      ruff, mypy, clang-format: report; make format: repair"
 
@@ -33,7 +35,7 @@ $(VENV)/.packages: $(VENV)/.python constraints.txt pyproject.toml
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
-	@echo "== building the kernels (under a minute on two cores)"
+	@echo "== building the kernels (a minute or two on two cores)"
 	@$(PIP) install --quiet --progress-bar off --no-build-isolation --no-deps --editable .
 	@$(BIN)/mnet-kernels info
 	@touch $@
@@ -60,10 +62,13 @@ bench: install
 	  --benchmark-json=benchmarks/results/cpu-tuned-malloc.json
 	@$(BIN)/python benchmarks/tables.py $(RESULTS)
 
+gpu:
+	@$(PYTHON) benchmarks/gpu.py $(GPU)
+
 readme: install
 	@$(BIN)/python benchmarks/tables.py $(RESULTS) --write README.md
 
-CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 lint: install
 	@echo "== ruff, mypy, clang-format"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

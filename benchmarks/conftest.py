@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +13,6 @@ from torch import Tensor
 from mnet_kernels.timing import environment, interleave, ratio
 
 Call = Callable[[], Tensor]
-SHAPES = Path(__file__).parent / "shapes"
-
-
-def shapes(model: str) -> list[tuple[int, ...]]:
-    """(C, H, W, kernel, stride, count) of each line of shapes/MODEL.csv."""
-    with open(SHAPES / f"{model}.csv") as lines:
-        return [tuple(map(int, row)) for row in csv.reader(lines) if not row[0].startswith("#")]
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -30,17 +30,20 @@ def frozen() -> Iterator[None]:
         torch._inductor.config.freezing = before
 
 
-def compiled(module: nn.Module, x: Tensor) -> Call | None:
-    """torch.compile of a copy of `module`, frozen; None where it fails (no C++ compiler, say)."""
+def compiled(
+    module: nn.Module, x: Tensor, mode: str | None = None
+) -> Callable[[Tensor], Tensor] | None:
+    """torch.compile of a copy of `module` for inputs like x, frozen; None where it fails (no C++
+    compiler, say)."""
     module = copy.deepcopy(module)
-    run = torch.compile(module, dynamic=False)
+    run = torch.compile(module, dynamic=False, mode=mode)
     try:
         with frozen():
             run(x), run(x)
     except Exception as error:  # whatever the compiler throws
         print(f"torch.compile is left out: {type(error).__name__}: {error}")
         return None
-    return lambda: run(x)
+    return run
 
 
 def layer_peers(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> dict[str, Call]:
@@ -58,7 +61,7 @@ def layer_peers(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> dict[str, Cal
     }
     run = compiled(nn.Sequential(conv_last, bn, act).eval(), last)
     if run is not None:
-        peers["torch.compile"] = run
+        peers["torch.compile"] = lambda: run(last)
     return peers
 
 
@@ -72,5 +75,5 @@ def network_peers(model: nn.Module, x: Tensor) -> dict[str, Call]:
     }
     run = compiled(model_last, last)
     if run is not None:
-        peers["torch.compile"] = run
+        peers["torch.compile"] = lambda: run(last)
     return peers

@@ -12,8 +12,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shapes
 from peers import layer_peers
+from shapes import shapes
 from torch import nn
 
 from mnet_kernels import ops

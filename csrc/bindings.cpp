@@ -1,4 +1,6 @@
 // Build and kernel facts for Python. The operators themselves go through the dispatcher (ops.cpp).
+// No torch header is used here; some versions of torch forbid their pybind11 under this macro.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -43,7 +45,13 @@ PYBIND11_MODULE(_C, m) {
     info["version"] = MNET_VERSION;
     info["compiler"] = __VERSION__;
     info["built_with_torch"] = MNET_TORCH_VERSION;
-    info["backends"] = py::make_tuple("cpu");
+    const std::string why_no_cuda = MNET_WHY_NO_CUDA;  // empty: mnet_kernels._cuda is built too
+    if (why_no_cuda.empty()) {
+      info["backends"] = py::make_tuple("cpu", "cuda");
+    } else {
+      info["backends"] = py::make_tuple("cpu");
+      info["why_no_cuda"] = why_no_cuda;
+    }
     info["instruction_set"] = mnet::cpu::active_kernels().name;
     info["instruction_sets"] = mnet::cpu::instruction_sets();
     return info;

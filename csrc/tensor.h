@@ -5,9 +5,14 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "problem.h"
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // older headers have only the one without a message
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
 
 namespace mnet {
 
@@ -61,21 +66,25 @@ inline Layout layout_of(const Tensor& x) {
   return Layout::contiguous;
 }
 
-// A new (N, C, H, W) tensor with `like`'s dtype and device; its values are not set.
-inline Tensor empty_4d(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W,
-                       Layout layout) {
-  const int64_t sizes[] = {N, C, H, W};
-  const int64_t contiguous[] = {C * H * W, H * W, W, 1};
-  const int64_t channels_last[] = {H * W * C, 1, W * C, C};
+// A new tensor with `like`'s dtype and device; its values are not set.
+inline Tensor empty_strided(const Tensor& like, std::initializer_list<int64_t> sizes,
+                            std::initializer_list<int64_t> strides) {
   int32_t dtype = 0, device_type = 0, device_index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, sizes, layout == Layout::contiguous ? contiguous : channels_last,
-                               dtype, device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.begin(), strides.begin(), dtype,
+                                                         device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty_4d(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W,
+                       Layout layout) {
+  if (layout == Layout::contiguous)
+    return empty_strided(like, {N, C, H, W}, {C * H * W, H * W, W, 1});
+  return empty_strided(like, {N, C, H, W}, {H * W * C, 1, W * C, C});
 }
 
 // x itself if it is dense in this layout, else a copy that is.
@@ -83,6 +92,14 @@ inline Tensor dense(const Tensor& x, Layout layout) {
   if (layout == Layout::contiguous ? x.is_contiguous() : is_channels_last(x)) return x;
   Tensor copy = empty_4d(x, x.size(0), x.size(1), x.size(2), x.size(3), layout);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), x.get(), 0));
+  return copy;
+}
+
+// Likewise for one value a channel.
+inline Tensor dense_1d(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  Tensor copy = empty_strided(t, {t.size(0)}, {1});
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), t.get(), 0));
   return copy;
 }
 

@@ -12,10 +12,27 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from mnet_kernels import _C
+
+
+def _load_cuda() -> str | None:
+    """Import the CUDA kernels, which registers them with torch; the reason where it fails."""
+    if torch.version.cuda is None:
+        return f"this PyTorch ({torch.__version__}) has no CUDA"
+    if reason := _C.build_info().get("why_no_cuda"):
+        return f"the CUDA kernels are not there: {reason}"
+    try:
+        import_module("mnet_kernels._cuda")
+    except (ImportError, OSError) as error:
+        return f"the CUDA kernels cannot be loaded: {' '.join(str(error).split())}"
+    return None
+
+
+_why_no_cuda = _load_cuda()
 
 #: Fused kernels first; ``native`` is plain PyTorch and always there.
 NAMES: tuple[str, ...] = ("cpu", "cuda", "triton", "native")
@@ -34,7 +51,36 @@ def _cpu(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _cuda(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "the CUDA kernels are not part of this version of mnet_kernels"
+    if device.type != "cuda":
+        return f"the cuda backend serves CUDA tensors, not {device.type}"
+    if _why_no_cuda is not None:
+        return _why_no_cuda
+    if not torch.cuda.is_available():
+        return "there is no CUDA GPU"
+    if dtype == torch.float64:
+        return "the cuda backend serves float32, float16 and bfloat16, not float64"
+    return _compiled_for(device) or _floating("cuda", dtype)
+
+
+@cache
+def _compiled_for(device: torch.device) -> str | None:
+    """None if the CUDA kernels run on this GPU: machine code of its generation, or PTX."""
+    compiled = cuda_info()["architectures"]
+    gpu = torch.cuda.get_device_capability(device)
+    for name in compiled.split():
+        number, _, ptx = name.partition("+")
+        specific = number[-1] in "af"
+        major, minor = map(int, number.rstrip("af").split("."))
+        architecture = major, minor
+        same = gpu == architecture if specific else gpu[0] == major
+        if gpu >= architecture and (same or (ptx and not specific)):
+            return None
+    return f"the CUDA kernels are compiled for {compiled}, this GPU has {gpu[0]}.{gpu[1]}"
+
+
+def cuda_info() -> dict[str, Any]:
+    """What the CUDA kernels were built with and for; they must be loaded."""
+    return import_module("mnet_kernels._cuda").build_info()
 
 
 def _triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -93,16 +139,32 @@ def select(op: str, name: str | None, device: torch.device, dtype: torch.dtype) 
         RuntimeError: `name` cannot serve; the message names operator, expected and actual.
     """
     if name is not None:
-        reason = why_not(name, device=device, dtype=dtype)
+        reason = _refusal(name, str(device), dtype)
         if reason is not None:
             raise RuntimeError(
                 f"{op}: backend: expected one that can serve x, got {name!r}: {reason}"
             )
         return name
-    chosen = next(b for b in NAMES if why_not(b, device=device, dtype=dtype) is None)
+    chosen = _automatic(str(device), dtype)
     if chosen == "native" and dtype in _FLOATING:  # other dtypes are an error of the call itself
         _warn_native(op, device.type)
     return chosen
+
+
+# What devices are there is nothing for torch.compile to trace.
+@torch.compiler.assume_constant_result
+def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
+    return why_not(name, device=device, dtype=dtype)
+
+
+@torch.compiler.assume_constant_result
+def _automatic(device: str, dtype: torch.dtype) -> str:
+    return _first(device, dtype)
+
+
+@cache
+def _first(device: str, dtype: torch.dtype) -> str:
+    return next(b for b in NAMES if why_not(b, device=device, dtype=dtype) is None)
 
 
 @cache  # once an operator and device type
@@ -129,6 +191,10 @@ def table() -> list[BackendRow]:
         "cpu": lambda: (
             f"instruction set {info['instruction_set']} (compiled and running here: "
             f"{', '.join(info['instruction_sets'])})"
+        ),
+        "cuda": lambda: (
+            f"{torch.cuda.get_device_name()} (compiled for {cuda_info()['architectures']} by nvcc "
+            f"{cuda_info()['nvcc']})"
         ),
         "triton": lambda: (
             f"Triton {import_module('triton').__version__}"

@@ -21,6 +21,7 @@ from mnet_kernels.reference import ACTIVATIONS, same_padding
 
 _Pair = int | tuple[int, int]
 _Edges = tuple[int, int, int, int]
+_Constants = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass
@@ -54,8 +55,9 @@ class FusedConv2d(nn.Conv2d):
     Parameters, buffers and state_dict are the Conv2d's. In eval mode (or with a norm that was
     frozen by ``.eval()``) it is one pass over memory; with batch statistics, or where no backend
     serves the input, it is :meth:`forward_native`. The norm is read at every call: nothing that is
-    done to it later is missed. The exception is a single element of a large convolution
-    weight that is written through ``.data``, which leaves no trace to look for.
+    done to it later is missed. The exceptions are writes that leave no trace to look for: through
+    ``.data``, of a single element of a large convolution weight on the CPU and of anything on a
+    GPU. A CUDA graph holds what it was captured with until the next call outside of it.
 
     Args:
         x: ``(N, C_in, H, W)``.
@@ -186,14 +188,16 @@ class FusedConv2d(nn.Conv2d):
         sources: list[Tensor] = [] if bias is None else [bias]
         if norm is not None:
             sources += [t for t in statistics_of(norm) if t is not None]
+            # A BatchNorm's update of its statistics has no version; its counter's has.
+            counter = norm._buffers.get("num_batches_tracked")
+            if counter is not None and not counter.is_cpu:
+                sources.append(counter)
         return sources
 
     def _requires_grad(self) -> bool:
         return any(t.requires_grad for t in (self.weight, *self.sources()))
 
-    def _constants(
-        self, x: Tensor, weight: Tensor, form: str
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _constants(self, x: Tensor, weight: Tensor, form: str) -> _Constants:
         """(weight, scale, shift) as the call wants them, kept for as long as nothing changes.
 
         Computed anew wherever a gradient must flow through them, and where the call is recorded
@@ -213,7 +217,13 @@ class FusedConv2d(nn.Conv2d):
             # Made for use outside of inference mode too.
             with torch.inference_mode(False), torch.no_grad():
                 scale, shift = fold(x.dtype, bias, norm)
-                kept = key, Snapshot(sources), (make(weight, scale), scale, shift)
+                made = make(weight, scale), scale, shift
+                if x.is_cuda:
+                    if torch.cuda.is_current_stream_capturing():
+                        return made  # has no values before the graph is replayed
+                    if kept is not None and kept[0] == key:
+                        made = _renewed(kept[2], made, sources)
+                kept = key, Snapshot(sources), made
             self.__dict__["_kept"] = kept
         return kept[2]
 
@@ -362,6 +372,19 @@ _FORMS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
     "packed": lambda weight, scale: ops.pack_conv_weight(weight),
     "folded": scaled,
 }
+
+
+def _renewed(kept: _Constants, made: _Constants, sources: list[Tensor]) -> _Constants:
+    """``made``, what of it is new in the memory of ``kept``: captured CUDA graphs read it there."""
+    given = {t.data_ptr() for t in sources}
+
+    def renewed(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+        if old is None or new is None or new.data_ptr() in given:
+            return new
+        fits = (old.shape, old.device) == (new.shape, new.device)
+        return old.copy_(new) if fits else new
+
+    return cast(_Constants, tuple(map(renewed, kept, made)))
 
 
 def recorded() -> bool:

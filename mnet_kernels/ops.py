@@ -45,8 +45,8 @@ def dwconv_bn_act(
     ``shift = bn.bias - mean * scale``.
 
     Args:
-        x: ``(N, C, H, W)``; float32, float64, float16 or bfloat16. Contiguous and channels_last
-            are read as they are; any other strides are copied once.
+        x: ``(N, C, H, W)``; float32, float16, bfloat16 or (on the CPU) float64. Contiguous and
+            channels_last are read as they are; any other strides are copied once.
         weight: ``(C*M, 1, Kh, Kw)`` with depth multiplier M >= 1; x's dtype, any strides.
         scale, shift: ``(C*M,)`` float32 (float64 for float64 x), or None for 1 and 0.
         stride, dilation: int or (h, w), positive.
@@ -73,7 +73,7 @@ def dwconv_bn_act(
     if backend is None and isinstance(x, Tensor) and x.is_cpu:
         return _dwconv_bn_act(*args)
     chosen = _select("dwconv_bn_act", backend, x)
-    if chosen == "cpu":
+    if chosen in ("cpu", "cuda"):
         return _dwconv_bn_act(*args)
     if chosen == "triton":
         return _triton_dwconv_bn_act(*args)

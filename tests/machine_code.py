@@ -1,129 +1,312 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and reads what came out.
+"""What nvcc made of a kernel, read without a GPU: registers, local memory, the width of its global
+accesses, how many blocks a multiprocessor holds, and how many bytes it then has in flight.
 
-``python machine_code.py few`` prints the facts of one case a kernel and layout as JSON.
+python tests/machine_code.py renews the committed table (tests/machine_code.csv).
 """
 
 from __future__ import annotations
 
-import json
+import csv
+import hashlib
+import itertools
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from mnet_kernels.triton import dwconv_bn_act, dwconv_bn_act_backward, tuning
-
-KERNELS = {
-    "forward": (dwconv_bn_act._forward, tuning.FORWARD),
-    "backward_conv": (dwconv_bn_act_backward._backward_conv, tuning.CONV),
-    "backward_data": (dwconv_bn_act_backward._backward_data, tuning.DATA),
-    "backward_weight": (dwconv_bn_act_backward._backward_weight, tuning.WEIGHT),
-}
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+ROOT = Path(__file__).parents[1]
+# Those with kernels; the operators' own files hold none and take longest to compile.
+SOURCES = [
+    path
+    for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    if '.cuh"' in path.read_text() and "torch/" not in path.read_text()
+]
+TABLE = Path(__file__).with_suffix(".csv")
+CACHE = ROOT / "build" / "machine_code"
+ARCHITECTURES = (80, 90, 100)
+COLUMNS = (
+    "threads", "registers", "shared", "load_bytes", "store_bytes", "blocks_per_sm",
+    "bytes_in_flight",
+)  # fmt: skip
+ELEMENTS = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
 
 
+class Unavailable(RuntimeError):
+    """There is no nvcc or no cuobjdump; the message says which and where it was looked for."""
+
+
+# ---- what a multiprocessor holds (CUDA C++ Programming Guide, "Technical Specifications") ----
+WARPS, BLOCKS, REGISTERS = 64, 32, 65536
+SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+SHARED_OF_THE_SYSTEM = 1024  # beside each block's own; cuobjdump counts it in from sm_90 on
+
+
+def blocks_per_sm(architecture: int, threads: int, registers: int, shared: int) -> int:
+    """How many blocks of so many threads run at once; registers a thread, shared bytes a block
+    (its own)."""
+    warps = -(-threads // 32)
+    registers_of_a_warp = -(-registers * 32 // 256) * 256
+    # A warp's registers come from one of four partitions.
+    by_registers = REGISTERS // 4 // registers_of_a_warp * 4 // warps
+    by_shared = SHARED[architecture] // (-(-shared // 128) * 128 + SHARED_OF_THE_SYSTEM)
+    return min(BLOCKS, WARPS // warps, by_registers, by_shared)
+
+
+# ---- tools ----
+@cache
+def nvcc() -> str:
+    for candidate in ("nvcc", "/usr/local/cuda/bin/nvcc"):
+        if found := shutil.which(candidate):
+            return found
+    raise Unavailable("there is no nvcc (on PATH, in /usr/local/cuda)")
+
+
+@cache
+def nvcc_version() -> str:
+    return re.search(r"release ([\d.]+)", _output(nvcc(), "--version"))[1]
+
+
+@cache
+def cuobjdump() -> str:
+    """From PATH, from nvcc's toolkit, or from Triton's package."""
+    candidates = ["cuobjdump", "/usr/local/cuda/bin/cuobjdump"]
+    try:
+        import triton.backends.nvidia
+
+        candidates.append(str(Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"))
+    except ImportError:
+        pass
+    for candidate in candidates:
+        if found := shutil.which(candidate):
+            return found
+    raise Unavailable(f"there is no cuobjdump (looked for {', '.join(candidates)})")
+
+
+def _output(*command: str | Path) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def cubin(source: Path, architecture: int) -> Path:
+    """`source` compiled with the product's flags; kept for as long as nothing it reads changes."""
+    flags = ROOT / "csrc/cuda/nvcc.flags"
+    read = [source, flags, *(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh")]
+    read += (ROOT / "csrc/cuda").glob("*.h")
+    digest = hashlib.sha256(f"{nvcc_version()} {architecture}".encode())
+    for path in sorted(read):
+        digest.update(path.read_bytes())
+    target = CACHE / f"{source.stem}-sm_{architecture}-{digest.hexdigest()[:16]}.cubin"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_suffix(".unfinished")
+        _output(
+            nvcc(), "-cubin", f"-arch=sm_{architecture}", "--options-file", flags,
+            source, "-o", unfinished,
+        )  # fmt: skip
+        unfinished.rename(target)
+    return target
+
+
+# ---- reading ----
 @dataclass(frozen=True)
-class Case:
-    """One kernel for one layer ("same" padding) and one target."""
+class Kernel:
+    """One instantiation of a kernel on one architecture."""
 
-    kernel: str
-    target: str = "sm_90"
-    dtype: torch.dtype = torch.bfloat16
-    channels_last: bool = True
-    channels: int = 64
-    size: int = 56
-    taps: int = 3
-    stride: int = 1
-    choice: int = -1  # among the configurations that fit; the last is the largest
+    name: str
+    architecture: int
+    threads: int  # a block, by its __launch_bounds__
+    registers: int  # a thread
+    shared: int  # bytes a block, with what the launcher asks for
+    local: int  # bytes of local memory a thread: spills, arrays with a computed index
+    local_accesses: int  # LDL and STL instructions
+    load_bytes: int  # the widest global load
+    store_bytes: int  # the widest global store
+    blocks_per_sm: int
+    loads_in_flight: int  # bytes a thread has asked for before it must wait
 
-    def __str__(self) -> str:
-        layout = "nhwc" if self.channels_last else "nchw"
-        dtype = str(self.dtype).removeprefix("torch.")
-        shape = f"{self.channels}x{self.size}-k{self.taps}s{self.stride}"
-        return f"{self.kernel}-{self.target}-{dtype}-{layout}-{shape}-{self.choice}"
-
-    def shape(self) -> dict:
-        k, s = self.taps, self.stride
-        out = -(-self.size // s)
-        unrolled = k * k <= 49
-        return {
-            "H": self.size, "W": self.size, "OH": out, "OW": out, "C": self.channels, "M": 1,
-            "KH": k, "KW": k, "SH": s, "SW": s, "DH": 1, "DW": 1, "TOP": k // 2, "LEFT": k // 2,
-            "CHANNELS_LAST": self.channels_last, "UNROLL": unrolled, "WIDE": False,
-            "ACTIVATION": "relu6", "TAP_ROWS": 3 if k == 3 else 1, "TAP_COLS": min(k, 8),
-        }  # fmt: skip
-
-    def configurations(self) -> list:
-        return tuning.prune(KERNELS[self.kernel][1], self.dtype.itemsize, self.shape())
+    @property
+    def bytes_in_flight(self) -> int:
+        """A multiprocessor full of these blocks waits for so many bytes."""
+        return self.blocks_per_sm * self.threads * self.loads_in_flight
 
 
-def facts(case: Case) -> dict:
-    """Registers, bytes of stack, and how the kernel reaches memory."""
-    fn = KERNELS[case.kernel][0].fn
-    config = case.configurations()[case.choice]
-    constants = {
-        name: value for name, value in (case.shape() | config.kwargs).items()
-        if name in fn.arg_names and name not in ("H", "W", "OH", "OW")
-    }  # fmt: skip
-    signature, attributes = {}, {}
-    for i, name in enumerate(fn.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            wide = name in ("scale_ptr", "shift_ptr", "partial_ptr")
-            signature[name] = "*fp32" if wide else TYPES[case.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32" if name == "slope" else "i32"
-    source = ASTSource(fn, signature, constexprs=constants, attrs=attributes)
-    target = TARGETS[case.target]
-    warps = config.num_warps * 32 // target.warp_size  # tuning.py counts in the GPU at hand
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
-    found = {"case": str(case), "config": config.kwargs, "shared": compiled.metadata.shared}
-    if case.target.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
-        spilled = re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text)
-        return found | {
-            "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),
-            "stack": sum(map(int, spilled)),
-            "loads": len(re.findall(r"(?:buffer|global)_load_", text)),
-            "wide_loads": len(re.findall(r"(?:buffer|global)_load_dwordx4", text)),
-        }
-    ptx = compiled.asm["ptx"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        report = subprocess.run(
-            [cuobjdump, "--dump-resource-usage", file.name],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-    return found | {
-        "registers": int(re.search(r"REG:(\d+)", report).group(1)),
-        "stack": int(re.search(r"STACK:(\d+)", report).group(1))
-        + len(re.findall(r"\b(?:ld|st)\.local", ptx)),
-        "loads": len(re.findall(r"\bld\.global", ptx)),
-        "wide_loads": len(re.findall(r"\bld\.global\.v4\.b32", ptx)),
-        "stores": len(re.findall(r"\bst\.global", ptx)),
-        "wide_stores": len(re.findall(r"\bst\.global\.v4\.b32", ptx)),
-    }
+def kernels(source: Path, architecture: int) -> list[Kernel]:
+    """Every kernel that `source` instantiates."""
+    file = cubin(source, architecture)
+    usage = dict(_usage(_output(cuobjdump(), "-res-usage", file)))
+    threads = dict(_threads(_output(cuobjdump(), "-elf", file)))
+    functions = list(_functions(_output(cuobjdump(), "-sass", file)))
+    found = []
+    for (mangled, code), name in zip(functions, _demangled([f[0] for f in functions]), strict=True):
+        registers, stack, shared, local = usage[mangled]
+        if architecture >= 90 and shared:
+            shared -= SHARED_OF_THE_SYSTEM
+        shared += dynamic_shared().get(_variant(name), 0)
+        loads = [_width(op) for _, op, _ in code if op.startswith("LDG")]
+        stores = [_width(op) for _, op, _ in code if op.startswith("STG")]
+        found.append(Kernel(
+            name, architecture, threads[mangled], registers, shared, stack + local,
+            sum(op.startswith(("LDL", "STL")) for _, op, _ in code),
+            max(loads, default=0), max(stores, default=0),
+            blocks_per_sm(architecture, threads[mangled], registers, shared), loads_in_flight(code),
+        ))  # fmt: skip
+    return found
 
 
-FEW = [Case(kernel, channels_last=last) for kernel in KERNELS for last in (True, False)]
+@cache
+def dynamic_shared() -> dict[tuple[str, str], int]:
+    """The most shared memory that a block is given at run time on MobileNet V1's layers, by variant
+    and element; empty where the CUDA extension cannot be loaded to tell."""
+    try:
+        from mnet_kernels import _cuda
+    except ImportError:
+        return {}
+    most: dict[tuple[str, str], int] = {}
+    layers = (ROOT / "benchmarks/shapes/mobilenet_v1.csv").read_text().splitlines()[1:]
+    for line, dtype, last in itertools.product(layers, ELEMENTS, (False, True)):
+        c, h, w, kernel, stride, _ = map(int, line.split(","))
+        call = [32, c, h, w], dtype, last, [c, 1, kernel, kernel], [stride], [kernel // 2]
+        for variant in _cuda.facts_of_call(*call).able:
+            _cuda.force_variant(variant)
+            key = variant, ELEMENTS[dtype]
+            most[key] = max(most.get(key, 0), _cuda.facts_of_call(*call).shared_bytes)
+            _cuda.force_variant("")
+    return most
+
+
+def _variant(kernel: str) -> tuple[str, str]:
+    """(variant, element) of dwconv_VARIANT<ELEMENT, ...>."""
+    match = re.match(r"dwconv_(\w+)<(\w+)", kernel)
+    return match.groups() if match else (kernel, "")
+
+
+Code = list[tuple[int, str, str]]  # (address, operation, operands)
+
+
+def loads_in_flight(code: Code) -> int:
+    """The most bytes of global loads that are under way when an instruction first needs one: in
+    the loops that load, where there are some (what comes before them are weights), else anywhere.
+    """
+    bodies = []
+    for address, operation, operands in code:
+        target = re.match(r"0x(\w+)", operands) if operation.startswith("BRA") else None
+        if target is not None and int(target[1], 16) < address:
+            body = [line for line in code if int(target[1], 16) <= line[0] <= address]
+            if any(line[1].startswith("LDG") for line in body):
+                bodies.append(body)
+    # Twice, for what one turn of a loop loads for the next.
+    return max((_waiting(body + body) for body in bodies), default=0) or _waiting(code)
+
+
+def _waiting(code: Code) -> int:
+    """From top to bottom, as if no branch were taken. Loads return in order, so whoever waits for
+    one has waited for those before it."""
+    most, waiting = 0, []  # (registers, bytes), oldest first
+    for _, operation, operands in code:
+        named = _registers(operands)
+        for i in reversed(range(len(waiting))):
+            if waiting[i][0] & named:
+                most = max(most, sum(size for _, size in waiting))
+                del waiting[: i + 1]
+                break
+        if operation.startswith("LDG."):
+            first, size = re.match(r"(?:P\d+, )?R(\d+)", operands), _width(operation)
+            if first is not None:
+                begin = int(first[1])
+                waiting.append((set(range(begin, begin + -(-size // 4))), size))
+    return max(most, sum(size for _, size in waiting))
+
+
+def _registers(operands: str) -> set[int]:
+    named = set()
+    for number, width in re.findall(r"\bR(\d+)(?:\.(64|128))?", operands):
+        count = {"": 1, "64": 2, "128": 4}[width]
+        named |= set(range(int(number), int(number) + count))
+    return named
+
+
+def _width(operation: str) -> int:
+    """Bytes that a load or store moves a thread."""
+    for part in operation.split(".")[1:]:
+        if part in ("64", "128", "256"):
+            return int(part) // 8
+        if part in ("U8", "S8", "U16", "S16"):
+            return int(part[1:]) // 8
+    return 4
+
+
+def _functions(sass: str) -> Iterator[tuple[str, Code]]:
+    for part in sass.split("Function : ")[1:]:
+        name, _, body = part.partition("\n")
+        line = r"^\s+/\*(\w{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);"
+        code = re.findall(line, body, re.M)
+        yield name.strip(), [(int(at, 16), op, operands.strip()) for at, op, operands in code]
+
+
+def _usage(report: str) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
+    """(registers, stack, shared, local) of each function."""
+    pattern = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    for name, *numbers in re.findall(pattern, report):
+        yield name, tuple(map(int, numbers))
+
+
+def _threads(elf: str) -> Iterator[tuple[str, int]]:
+    """The block size that each function is compiled for."""
+    for part in elf.split("\n.nv.info.")[1:]:
+        bounds = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\s+Format:.*\s+Value:\s*(.*)", part)
+        assert bounds, f"{part.partition(chr(10))[0]} has no __launch_bounds__"
+        x, y, z = (int(n, 16) for n in bounds[1].split()[:3])
+        yield part.partition("\n")[0].strip(), x * y * z
+
+
+def _demangled(names: list[str]) -> list[str]:
+    """Short enough to read: without namespaces, return type and parameters."""
+    text = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout
+    short = [line.removeprefix("void ").rpartition("(")[0] or line for line in text.splitlines()]
+    return [re.sub(r"\b(?:mnet|cuda|detail)::", "", line) for line in short]
+
+
+# ---- the committed table ----
+def measured() -> list[Kernel]:
+    """All kernels of all architectures."""
+    jobs = [(source, architecture) for architecture in ARCHITECTURES for source in SOURCES]
+    with ThreadPoolExecutor(2) as pool:
+        return [k for found in pool.map(lambda job: kernels(*job), jobs) for k in found]
+
+
+def committed() -> tuple[str, dict[int, dict[str, dict[str, int]]]]:
+    """(the nvcc release that made them, architecture -> kernel -> its numbers by COLUMNS)."""
+    with open(TABLE, newline="") as lines:
+        release = lines.readline().split()[-1]
+        table: dict[int, dict[str, dict[str, int]]] = {a: {} for a in ARCHITECTURES}
+        for row in csv.DictReader(lines):
+            numbers = {name: int(row[name]) for name in COLUMNS}
+            table[int(row["sm"])][row["kernel"]] = numbers
+    return release, table
+
+
+def write(found: list[Kernel]) -> None:
+    with open(TABLE, "w", newline="") as lines:
+        lines.write(f"# nvcc {nvcc_version()}\n")
+        rows = csv.writer(lines, lineterminator="\n")
+        rows.writerow(["sm", "kernel", *COLUMNS])
+        for kernel in sorted(found, key=lambda k: (k.architecture, k.name)):
+            numbers = [getattr(kernel, name) for name in COLUMNS]
+            rows.writerow([kernel.architecture, kernel.name, *numbers])
+
 
 if __name__ == "__main__":
-    assert sys.argv[1:] == ["few"]
-    print(json.dumps({"triton": triton.__version__, "facts": [facts(case) for case in FEW]}))
+    sys.path.insert(0, str(ROOT))
+    if not dynamic_shared():
+        sys.exit("machine_code.py: shared memory is not known: build mnet_kernels._cuda first")
+    found = measured()
+    write(found)
+    print(f"{TABLE}: {len(found)} kernels")

@@ -79,37 +79,36 @@ class Problem:
 
 def problem(
     shape=(2, 16, 9, 11), kernel=(3, 3), *, multiplier=1, dtype=torch.float32,
-    channels_last=False, affine=True, **constants,
+    channels_last=False, affine=True, device="cpu", margin=1024, **constants,
 ) -> Problem:  # fmt: skip
     """Random tensors for a call; x lies inside a larger buffer of NaN, so that a read past
-    either end of it shows."""
+    either end of it shows (``margin`` elements; 0 where a tool watches the buffer's ends)."""
     outputs = shape[1] * multiplier
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     values = torch.randn(shape, dtype=torch.float64).to(dtype)
     if channels_last:
         values = values.to(memory_format=torch.channels_last)
-    margin = 1024
-    buffer = torch.full((values.numel() + 2 * margin,), float("nan"), dtype=dtype)
+    buffer = torch.full((values.numel() + 2 * margin,), float("nan"), dtype=dtype, device=device)
     x = buffer.as_strided(shape, values.stride(), margin)
     x.copy_(values)
     return Problem(
         x,
-        torch.randn(outputs, 1, *kernel, dtype=torch.float64).to(dtype),
-        (torch.rand(outputs, dtype=wide) + 0.5) if affine else None,
-        torch.randn(outputs, dtype=wide) if affine else None,
+        torch.randn(outputs, 1, *kernel, dtype=torch.float64).to(device, dtype),
+        (torch.rand(outputs, dtype=wide) + 0.5).to(device) if affine else None,
+        torch.randn(outputs, dtype=wide).to(device) if affine else None,
         constants,
     )
 
 
 def reference(p: Problem) -> tuple[Tensor, Tensor]:
-    """The call in float64 on the same (already rounded) inputs, and the sum of the absolute values
-    of all terms, which is what rounding errors of the sum are relative to."""
+    """The call in float64 on the CPU and on the same (already rounded) inputs, and the sum of the
+    absolute values of all terms, which is what rounding errors of the sum are relative to."""
 
     def wide(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.double()
+        return None if t is None else t.cpu().double()
 
     def absolute(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.double().abs()
+        return None if t is None else t.cpu().double().abs()
 
     exact = Problem(*map(wide, p.tensors), p.constants).run("native")
     linear = p.constants | {"activation": "identity"}
@@ -126,6 +125,8 @@ def tolerance(p: Problem, exact: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def assert_correct(p: Problem, y: Tensor) -> None:
+    assert y.device == p.x.device
+    y = y.cpu()
     exact, magnitude = reference(p)
     assert y.shape == exact.shape
     assert y.dtype == p.x.dtype

@@ -93,7 +93,7 @@ def test_the_oldest_triton_interprets_and_compiles(tmp_path):
     )
     path = os.pathsep.join([str(other), str(TESTS.parent), str(TESTS)])
     facts = subprocess.run(
-        [sys.executable, TESTS / "machine_code.py", "few"], capture_output=True, text=True,
+        [sys.executable, TESTS / "triton_machine_code.py", "few"], capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
     )  # fmt: skip
     assert facts.returncode == 0, facts.stderr[-4000:]

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 if rulers.BACKEND == "triton":
     pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
 
-from machine_code import FEW, KERNELS, Case, facts
+from triton_machine_code import FEW, KERNELS, Case, facts
 
 LAYERS = [
     {"stride": 2},

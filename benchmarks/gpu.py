@@ -1,0 +1,283 @@
+"""`make gpu`: everything that needs a GPU, with this very Python and its torch; no network.
+
+python benchmarks/gpu.py [--stages build,tests,...] [--minutes 25] [--output FILE.json]
+
+Stages, the most important first: build, tests, layers, sanitizer, networks. Each has a share of the
+time and leaves its part of the result when it ends, so a run that is cut short is still a result;
+stages that are run later are added to the same file. Exit status: 1 if the build, a test or a
+sanitizer failed or a benchmark found a wrong answer, else 0. What a machine lacks is said and left
+out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+#: Of the time given, what each stage may take at most.
+SHARES = {"build": 0.15, "tests": 0.2, "layers": 0.35, "sanitizer": 0.15, "networks": 0.15}
+# Building in place needs nothing of pyproject.toml, which older setuptools cannot read.
+BUILD = """
+import runpy, sys, setuptools.dist
+setuptools.dist.Distribution.parse_config_files = lambda *_, **__: None
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+_Stage = dict[str, Any]
+
+
+def run(command: list[str], seconds: float, **variables: str) -> tuple[int | None, str]:
+    """(exit status, or None where it ran out of time; output), printed as it comes."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | variables
+    process = subprocess.Popen(
+        ["timeout", "--kill-after=10", str(int(seconds)), *command], cwd=ROOT, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    lines = []
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    status = process.wait()
+    return None if status in (124, 137) else status, "".join(lines)
+
+
+def build(seconds: float) -> _Stage:
+    status, output = run([sys.executable, "-c", BUILD], seconds, FORCE_CUDA="1")
+    return {"passed": status == 0, "tail": output[-2000:] if status != 0 else ""}
+
+
+def _pytest(command: list[str], seconds: float, **variables: str) -> _Stage:
+    status, output = run(command, seconds, **variables)
+    counts = {
+        what: int(n) for n, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)", output)
+    }
+    said = "out of time" if status is None else ""
+    # Without a GPU every test would be skipped, which proves nothing.
+    passed = status == 0 and counts.get("passed", 0) > 0
+    return {"passed": passed, "counts": counts, "tail": said if passed else output[-4000:] + said}
+
+
+def tests(seconds: float) -> _Stage:
+    if importlib.util.find_spec("pytest") is None:
+        print("there is no pytest: the tests cannot be run")
+        return {"passed": False, "left_out": "there is no pytest"}
+    files = ["tests/test_cuda.py", "tests/test_bad_input.py"]
+    return _pytest(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], seconds
+    )
+
+
+def sanitizer(seconds: float) -> _Stage:
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "/usr/local/cuda/bin/compute-sanitizer"
+    )
+    if tool is None:
+        print("there is no compute-sanitizer: memcheck and racecheck are left out")
+        return {"left_out": "there is no compute-sanitizer"}
+    result: _Stage = {"passed": True}
+    for check in ("memcheck", "racecheck"):
+        command = [
+            tool, "--tool", check, "--error-exitcode", "86", sys.executable, "-m", "pytest", "-q",
+            "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", "test_sanitized",
+        ]  # fmt: skip
+        # Every tensor is an allocation of its own, whose ends the tool knows.
+        told = _pytest(command, seconds / 2, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if "Device not supported" in told["tail"]:
+            print(f"{check} does not run on this machine and is left out")
+            return {"left_out": "compute-sanitizer does not support this machine"}
+        result[check] = told
+        result["passed"] = result["passed"] and told["passed"]
+    return result
+
+
+def measured(stage: str, seconds: float) -> _Stage:
+    """Rows of benchmarks/gpu_measure.py, which runs on its own: what it leaves in time counts."""
+    rows = ROOT / "build" / f"gpu-{stage}.jsonl"
+    rows.parent.mkdir(exist_ok=True)
+    rows.unlink(missing_ok=True)
+    status, output = run(
+        [sys.executable, __file__, "--worker", stage, "--seconds", str(seconds - 20),
+         "--rows", str(rows)], seconds,
+    )  # fmt: skip
+    lines = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    found = [row for row in lines if "left_out" not in row]
+    return {
+        "passed": all(row["ours_correct"] for row in found) and len(found) > 0,
+        "rows": found,
+        "rows_left_out": [row["left_out"] for row in lines if "left_out" in row],
+        "finished": status == 0,
+        "tail": "" if status == 0 else output[-2000:],
+    }
+
+
+def environment(seconds: float) -> dict[str, Any]:
+    """Device, versions, commit and copy bandwidth, asked in a process of its own."""
+    status, output = run(
+        [sys.executable, __file__, "--worker", "environment", "--seconds", "0", "--rows", "-"],
+        seconds,
+    )  # fmt: skip
+    told = [line for line in output.splitlines() if line.startswith("{")]
+    return json.loads(told[-1]) if status == 0 and told else {"error": output[-2000:]}
+
+
+def worker(stage: str, seconds: float, rows: str) -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    if stage != "environment":
+        import gpu_measure
+
+        return gpu_measure.work(stage, seconds, Path(rows))
+    import torch
+
+    from mnet_kernels import backends
+    from mnet_kernels.timing import environment as facts
+
+    told = facts()
+    reason = backends.why_not("cuda", device="cuda")
+    if reason is None:
+        import gpu_measure
+
+        properties = torch.cuda.get_device_properties(0)
+        told |= {
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _driver(),
+            "kernels": backends.cuda_info(),
+            "multiprocessors": properties.multi_processor_count,
+            "copy_gb_per_s": gpu_measure.copy_bandwidth(),
+        }
+    print(json.dumps(told | {"why_not": reason}))
+    return None
+
+
+def _driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, IndexError):
+        return None
+
+
+# ---- the table ----
+def table(result: dict[str, Any]) -> str:
+    """Markdown of what is there so far."""
+    facts, stages = result["environment"], result["stages"]
+    lines = [
+        f"{facts.get('gpu')}, torch {facts.get('torch')}, commit {facts.get('commit')}, "
+        f"{facts.get('date')}; copy {facts.get('copy_gb_per_s', 0):.0f} GB/s", "",
+    ]  # fmt: skip
+    for name in SHARES:
+        if name in stages:
+            stage = stages[name]
+            verdict = stage.get("left_out") or ("passed" if stage["passed"] else "FAILED")
+            lines.append(f"- {name}: {verdict} {stage.get('counts', '')}")
+    rows = stages.get("layers", {}).get("rows", [])
+    if rows:
+        lines += [
+            "", "| C, H, kernel, stride | batch | dtype | best peer | µs | ours, channels_last | "
+            "of copy | speed-up | ours, contiguous | of copy | speed-up |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]  # fmt: skip
+    for row in rows:
+        channels, height, _, kernel, stride = row["shape"]
+        cells = [
+            f"{channels}, {height}, {kernel}, {stride}", row["batch"],
+            row["dtype"] + ("" if row["cold"] else " (in L2)"), row["best_peer"],
+            f"{row['us'][row['best_peer']]['median']:.1f}",
+        ]  # fmt: skip
+        for layout in ("channels_last", "contiguous"):
+            if layout in row:
+                speedup = row[layout]["against_best_peer"]["median"]
+                lost = "" if speedup >= 1 else " (we lose)"
+                cells += [
+                    f"{row['us'][f'ours {layout}']['median']:.1f}",
+                    f"{row[layout]['fraction_of_copy']:.0%}", f"{speedup:.2f}x{lost}",
+                ]  # fmt: skip
+            else:
+                cells += ["WRONG", "-", "-"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    rows = stages.get("networks", {}).get("rows", [])
+    if rows:
+        lines += ["", "| network, batch, dtype | way | images/s | with a CUDA graph | peak MB |",
+                  "| --- | --- | --- | --- | --- |"]  # fmt: skip
+    for row in rows:
+        for way, rate in row["images_per_s"].items():
+            lines.append(
+                f"| {row['model']}, {row['batch']}, {row['dtype']} | {way} | {rate:.0f} "
+                f"| {row['images_per_s_graph'][way]:.0f} | {row['peak_bytes'][way] / 1e6:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stages", default=",".join(SHARES), help="default: all")
+    parser.add_argument("--minutes", type=float, default=25, help="for all stages together")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/gpu.json")
+    parser.add_argument("--commit", help="what is tested, where this is no git checkout")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker, options.seconds, options.rows)
+        return 0
+    chosen = options.stages.split(",")
+    if unknown := set(chosen) - set(SHARES):
+        parser.error(f"--stages: expected some of {', '.join(SHARES)}, got {', '.join(unknown)}")
+
+    whole = 60 * options.minutes / sum(SHARES[name] for name in chosen)
+    steps = {"build": build, "tests": tests, "sanitizer": sanitizer}
+    result: dict[str, Any] = {}
+    passed = True
+    for name in [stage for stage in SHARES if stage in chosen]:
+        share, start = SHARES[name] * whole, time.monotonic()
+        print(f"== {name} (at most {share / 60:.1f} minutes)", flush=True)
+        if name != "build" and not result:
+            result = begin(options.output, options.commit)
+        step = steps.get(name)
+        stage = step(share) if step else measured(name, share)
+        stage["seconds"] = round(time.monotonic() - start, 1)
+        if not result:  # it was the build, which the rest needs
+            if not stage["passed"]:
+                return 1
+            result = begin(options.output, options.commit)
+        result["stages"][name] = stage
+        passed = passed and stage.get("passed", True)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text(table(result))
+    print(table(result))
+    print(f"Result: {options.output}, {options.output.with_suffix('.md').name}")
+    return 0 if passed else 1
+
+
+def begin(output: Path, commit: str | None) -> dict[str, Any]:
+    """A result without stages, or with those of `output` if it is of the same commit and GPU."""
+    facts = environment(120)
+    facts["commit"] = facts.get("commit") or commit
+    if reason := facts.get("error") or facts.get("why_not"):
+        raise SystemExit(f"there is nothing to run on: {reason}")
+    result = {"environment": facts, "stages": {}}
+    if output.exists():
+        previous = json.loads(output.read_text())
+        known = previous["environment"]
+        if all(known.get(key) == facts.get(key) for key in ("commit", "gpu", "torch")):
+            result["stages"] = previous["stages"]
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

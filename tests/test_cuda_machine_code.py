@@ -1,0 +1,115 @@
+"""The CUDA kernels' machine code, which needs no GPU: no spills, wide accesses, enough in flight.
+
+Every kernel is held against the committed table (machine_code.csv); after a change that is meant,
+``python tests/machine_code.py`` renews it.
+"""
+
+from __future__ import annotations
+
+import re
+
+import machine_code
+import pytest
+
+#: What keeps an H200's memory busy: 4.3 TB/s for 700 ns, over 132 multiprocessors, and some more.
+WANTED_IN_FLIGHT = 32 << 10
+#: Kernels that fall short of it, and what they have: losses that are known.
+SHORT = {"dwconv_channels_last_stream<float16, 3, 1, 8, 3, false>": 24 << 10}
+SIZES = {"float": 4, "float16": 2, "bfloat16": 2}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[machine_code.Kernel]:
+    try:
+        machine_code.nvcc(), machine_code.cuobjdump()
+    except machine_code.Unavailable as why:
+        pytest.skip(str(why))
+    return machine_code.measured()
+
+
+def test_nothing_is_in_local_memory(kernels):
+    spilling = [k for k in kernels if k.local or k.local_accesses]
+    assert not spilling, spilling
+
+
+def test_accesses_are_as_wide_as_the_vectors(kernels):
+    """channels_last_*<Element, kernel, stride, V, ...> moves V channels at a time."""
+    pattern = r"dwconv_channels_last_\w+<(\w+), \d+, \d+, (\d+)"
+    vectorised = [(k, m) for k in kernels if (m := re.match(pattern, k.name))]
+    assert vectorised
+    assert any(k.store_bytes == 16 for k, _ in vectorised)
+    for kernel, match in vectorised:
+        claimed = SIZES[match[1]] * int(match[2])
+        assert kernel.store_bytes == claimed, kernel
+        assert kernel.load_bytes >= claimed, kernel
+
+
+def test_enough_bytes_are_in_flight(kernels):
+    """The 3x3 kernels that move 16 bytes at a time, on sm_90."""
+    fast = [
+        k for k in kernels
+        if k.architecture == 90 and re.match(r"dwconv_channels_last_\w+<\w+, 3,", k.name)
+        and k.store_bytes == 16
+    ]  # fmt: skip
+    assert fast
+    short = {k.name: k.bytes_in_flight for k in fast if k.bytes_in_flight < WANTED_IN_FLIGHT}
+    assert short == SHORT
+
+
+@pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
+def test_no_kernel_is_worse_than_committed(kernels, architecture):
+    release, table = machine_code.committed()
+    if release != machine_code.nvcc_version():
+        pytest.skip(f"the table is of nvcc {release}, here is {machine_code.nvcc_version()}")
+    committed = table[architecture]
+    here = {k.name: k for k in kernels if k.architecture == architecture}
+    assert here.keys() == committed.keys(), "renew the table: python tests/machine_code.py"
+    worse = []
+    for name, kernel in here.items():
+        for key in ("blocks_per_sm", "load_bytes", "store_bytes", "bytes_in_flight"):
+            now, then = getattr(kernel, key), committed[name][key]
+            if now < (0.95 * then if key == "bytes_in_flight" else then):
+                worse.append(f"{name}: {key} {then} -> {now}")
+    assert not worse, "\n".join(worse)
+
+
+# ---- the ruler itself ----
+@pytest.mark.parametrize(
+    "architecture,threads,registers,shared,blocks",
+    [
+        (90, 128, 32, 0, 16), (90, 128, 255, 0, 2), (90, 256, 40, 0, 6), (80, 1024, 64, 0, 1),
+        (80, 64, 16, 0, 32), (90, 128, 32, 100 << 10, 2), (80, 128, 32, 100 << 10, 1),
+        (90, 32, 32, 0, 32), (90, 96, 128, 0, 5),
+    ],
+)  # fmt: skip
+def test_occupancy(architecture, threads, registers, shared, blocks):
+    """Values of NVIDIA's occupancy calculator."""
+    assert machine_code.blocks_per_sm(architecture, threads, registers, shared) == blocks
+
+
+def test_planted_faults_are_seen(kernels, tmp_path):
+    source = tmp_path / "planted.cu"
+    source.write_text("""
+        __global__ void __launch_bounds__(64) local(const float* x, float* y, int j) {
+          float a[200];
+          for (int k = 0; k < 200; ++k) a[k] = x[k];
+          y[0] = a[j];
+        }
+        __global__ void __launch_bounds__(64) one_by_one(const float4* x, float4* y, int n) {
+          for (int i = 0; i < n; ++i) y[i * 64 + threadIdx.x] = x[i * 64 + threadIdx.x];
+        }
+        __global__ void __launch_bounds__(64) four_at_once(const float4* x, float4* y, int n) {
+          float4 v[4];
+          for (int k = 0; k < 4; ++k) v[k] = x[k * n + threadIdx.x];
+          for (int k = 0; k < 4; ++k) y[k * n + threadIdx.x] = v[k];
+        }
+        __global__ void __launch_bounds__(64) narrow(const float* x, float* y) {
+          y[threadIdx.x] = x[threadIdx.x];
+        }
+    """)
+    found = {k.name: k for k in machine_code.kernels(source, 90)}
+    assert found["local"].local >= 800 and found["local"].local_accesses > 0
+    assert found["four_at_once"].loads_in_flight == 64
+    assert found["four_at_once"].load_bytes == found["four_at_once"].store_bytes == 16
+    assert found["narrow"].store_bytes == 4
+    assert found["narrow"].local == 0

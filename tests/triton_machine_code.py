@@ -1,0 +1,129 @@
+"""Compiles the Triton kernels for GPUs that need not be there, and reads what came out.
+
+``python triton_machine_code.py few`` prints the facts of one case a kernel and layout as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mnet_kernels.triton import dwconv_bn_act, dwconv_bn_act_backward, tuning
+
+KERNELS = {
+    "forward": (dwconv_bn_act._forward, tuning.FORWARD),
+    "backward_conv": (dwconv_bn_act_backward._backward_conv, tuning.CONV),
+    "backward_data": (dwconv_bn_act_backward._backward_data, tuning.DATA),
+    "backward_weight": (dwconv_bn_act_backward._backward_weight, tuning.WEIGHT),
+}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel for one layer ("same" padding) and one target."""
+
+    kernel: str
+    target: str = "sm_90"
+    dtype: torch.dtype = torch.bfloat16
+    channels_last: bool = True
+    channels: int = 64
+    size: int = 56
+    taps: int = 3
+    stride: int = 1
+    choice: int = -1  # among the configurations that fit; the last is the largest
+
+    def __str__(self) -> str:
+        layout = "nhwc" if self.channels_last else "nchw"
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = f"{self.channels}x{self.size}-k{self.taps}s{self.stride}"
+        return f"{self.kernel}-{self.target}-{dtype}-{layout}-{shape}-{self.choice}"
+
+    def shape(self) -> dict:
+        k, s = self.taps, self.stride
+        out = -(-self.size // s)
+        unrolled = k * k <= 49
+        return {
+            "H": self.size, "W": self.size, "OH": out, "OW": out, "C": self.channels, "M": 1,
+            "KH": k, "KW": k, "SH": s, "SW": s, "DH": 1, "DW": 1, "TOP": k // 2, "LEFT": k // 2,
+            "CHANNELS_LAST": self.channels_last, "UNROLL": unrolled, "WIDE": False,
+            "ACTIVATION": "relu6", "TAP_ROWS": 3 if k == 3 else 1, "TAP_COLS": min(k, 8),
+        }  # fmt: skip
+
+    def configurations(self) -> list:
+        return tuning.prune(KERNELS[self.kernel][1], self.dtype.itemsize, self.shape())
+
+
+def facts(case: Case) -> dict:
+    """Registers, bytes of stack, and how the kernel reaches memory."""
+    fn = KERNELS[case.kernel][0].fn
+    config = case.configurations()[case.choice]
+    constants = {
+        name: value for name, value in (case.shape() | config.kwargs).items()
+        if name in fn.arg_names and name not in ("H", "W", "OH", "OW")
+    }  # fmt: skip
+    signature, attributes = {}, {}
+    for i, name in enumerate(fn.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            wide = name in ("scale_ptr", "shift_ptr", "partial_ptr")
+            signature[name] = "*fp32" if wide else TYPES[case.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name == "slope" else "i32"
+    source = ASTSource(fn, signature, constexprs=constants, attrs=attributes)
+    target = TARGETS[case.target]
+    warps = config.num_warps * 32 // target.warp_size  # tuning.py counts in the GPU at hand
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    found = {"case": str(case), "config": config.kwargs, "shared": compiled.metadata.shared}
+    if case.target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        spilled = re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text)
+        return found | {
+            "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),
+            "stack": sum(map(int, spilled)),
+            "loads": len(re.findall(r"(?:buffer|global)_load_", text)),
+            "wide_loads": len(re.findall(r"(?:buffer|global)_load_dwordx4", text)),
+        }
+    ptx = compiled.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        report = subprocess.run(
+            [cuobjdump, "--dump-resource-usage", file.name],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+    return found | {
+        "registers": int(re.search(r"REG:(\d+)", report).group(1)),
+        "stack": int(re.search(r"STACK:(\d+)", report).group(1))
+        + len(re.findall(r"\b(?:ld|st)\.local", ptx)),
+        "loads": len(re.findall(r"\bld\.global", ptx)),
+        "wide_loads": len(re.findall(r"\bld\.global\.v4\.b32", ptx)),
+        "stores": len(re.findall(r"\bst\.global", ptx)),
+        "wide_stores": len(re.findall(r"\bst\.global\.v4\.b32", ptx)),
+    }
+
+
+FEW = [Case(kernel, channels_last=last) for kernel in KERNELS for last in (True, False)]
+
+if __name__ == "__main__":
+    assert sys.argv[1:] == ["few"]
+    print(json.dumps({"triton": triton.__version__, "facts": [facts(case) for case in FEW]}))
