@@ -10,8 +10,8 @@
 namespace mnet::cpu {
 namespace {
 
-// Inputs from this size on come from beyond the second-level cache for certain.
-constexpr int64_t kPrefetchFrom = int64_t{8} << 20;
+// Inputs from this size on come, in part at least, from beyond the second-level cache.
+constexpr int64_t kPrefetchFrom = int64_t{1} << 20;
 
 Element element_of(DType dtype) {
   switch (dtype) {
