@@ -3,6 +3,7 @@
 // barriers or shuffles), always so under ThreadSanitizer; else they too run one after another.
 #pragma once
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -130,16 +131,22 @@ inline void require_full(unsigned mask) {
 class Grid {
  public:
   Grid(int64_t blocks, int threads, int shared_bytes, bool meets, Traffic* traffic)
-      : blocks_(blocks), shared_bytes_(shared_bytes), traffic_(traffic) {
+      : blocks_(blocks), last_(blocks), shared_bytes_(shared_bytes), traffic_(traffic) {
     block_.threads = threads;
     block_.meets = meets;
     block_.warps = std::vector<Warp>((threads + kWarp - 1) / kWarp);
     logs_.resize(threads);
   }
 
+  // Leaves out all but about `count` of the first `of` blocks, evenly spread.
+  void sample(int64_t of, int64_t count) {
+    last_ = std::max<int64_t>(1, std::min(of, blocks_));
+    step_ = (last_ + count - 1) / count;
+  }
+
   void run(const std::function<void()>& kernel, bool real_threads) {
     if (!real_threads && !block_.meets) {
-      for (int64_t b = 0; b < blocks_; ++b) {
+      for (int64_t b = 0; b < last_; b += step_) {
         begin_block();
         for (int t = 0; t < block_.threads; ++t) run_thread(kernel, b, t);
         end_block();
@@ -153,7 +160,7 @@ class Grid {
     std::mutex failure_lock;
     for (int t = 0; t < block_.threads; ++t)
       threads.emplace_back([&, t] {
-        for (int64_t b = 0; b < blocks_; ++b) {
+        for (int64_t b = 0; b < last_; b += step_) {
           if (t == 0) begin_block();
           between_blocks.wait();
           if (!failure) try {
@@ -209,7 +216,7 @@ class Grid {
     void operator()(unsigned char* p) const { ::operator delete(p, std::align_val_t(128)); }
   };
 
-  int64_t blocks_;
+  int64_t blocks_, last_, step_ = 1;
   int shared_bytes_;
   Traffic* traffic_;
   Block block_;
@@ -222,14 +229,19 @@ class Grid {
 struct Launcher {
   bool real_threads = false;
   Traffic* traffic = nullptr;
+  // Run only so many blocks (0: all) of those that the first of so many images fill.
+  int64_t sample = 0, images = 1;
 
   template <typename Kernel, typename Geometry, typename... Arguments>
   void operator()(Kernel kernel, const Geometry& g, const Arguments&... arguments) const {
-    if (g.blocks < 1 || g.blocks > INT32_MAX || g.threads < 1 || g.threads > 1024)
-      throw std::runtime_error("no such grid: " + std::to_string(g.blocks) + " blocks of " +
-                               std::to_string(g.threads) + " threads");
-    Grid(g.blocks, g.threads, g.shared_bytes, g.cooperates, traffic)
-        .run([&] { kernel(arguments...); }, real_threads);
+    const int64_t blocks = g.blocks;
+    const int threads = g.threads;
+    if (blocks < 1 || blocks > INT32_MAX || threads < 1 || threads > 1024)
+      throw std::runtime_error("no such grid: " + std::to_string(blocks) + " blocks of " +
+                               std::to_string(threads) + " threads");
+    Grid grid(blocks, threads, g.shared_bytes, g.cooperates, traffic);
+    if (sample) grid.sample(blocks / images, sample);
+    grid.run([&] { kernel(arguments...); }, real_threads);
   }
 };
 
