@@ -92,6 +92,19 @@ def test_rows_of_whole_vectors(dtype, w):
 
 
 @both_sizes
+@pytest.mark.parametrize("kernel,stride", FAST_PATHS)
+def test_long_walks(dtype, kernel, stride):
+    """So many planes that a thread of the stream has several rows of them, the last one fewer."""
+    w = 4 if dtype == torch.float32 else 8
+    p = problem(
+        (12, 1409, 15 * stride, w), (kernel, kernel), dtype=dtype, padding=kernel // 2,
+        stride=stride,
+    )  # fmt: skip
+    y, _ = dwconv.run(emulator(), p, STREAM)
+    assert_correct(p, y)
+
+
+@both_sizes
 @pytest.mark.parametrize("x,y", [(0, 4), (4, 0), (8, 8), (12, 4), (2, 6), (16, 48)])
 def test_misaligned_tensors(dtype, x, y):
     if x % dtype.itemsize or y % dtype.itemsize:

@@ -114,7 +114,7 @@ ContiguousStreamPlan stream_plan(const DwconvCall& call) {
   const int64_t one_wave = kMultiprocessors * 512;
   int64_t rows = call.OH;
   auto threads = [&] { return in_row * divide_up(call.OH, rows); };
-  while ((rows > 14 && threads() < 8 * one_wave) || (rows > 2 && threads() < one_wave))
+  while ((rows > 14 && threads() < 8 * one_wave) || (rows > 1 && threads() < one_wave))
     rows = divide_up(rows, 2);
   if (!fit_int32({threads()}))
     throw std::runtime_error("dwconv_contiguous: more threads than 32-bit indices count");
