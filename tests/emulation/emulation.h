@@ -1,6 +1,6 @@
 // CUDA's words for the host compiler, so that csrc/cuda/*.cuh compiles and runs without a GPU.
-// Blocks run one after another. The threads of a block are real threads wherever they meet (in
-// barriers or shuffles), always so under ThreadSanitizer; else they too run one after another.
+// Blocks run one after another. The threads of a block take turns wherever they meet (in barriers
+// or shuffles), else they too run one after another; under ThreadSanitizer they are real threads.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +18,7 @@
 #include <thread>
 #include <vector>
 
+#include "fibers.h"
 #include "traffic.h"
 
 #define __global__ inline
@@ -42,6 +43,11 @@ class Barrier {
     const uint64_t mine = generation_;
     ++waiting_;
     release_if_complete();
+    if (Fibers::here()) {
+      lock.unlock();
+      while (generation_ == mine) Fibers::yield();
+      return;
+    }
     all_here_.wait(lock, [&] { return generation_ != mine; });
   }
 
@@ -151,8 +157,39 @@ class Grid {
         for (int t = 0; t < block_.threads; ++t) run_thread(kernel, b, t);
         end_block();
       }
-      return;
+    } else if (!real_threads) {
+      run_fibers(kernel);
+    } else {
+      run_threads(kernel);
     }
+  }
+
+ private:
+  void run_fibers(const std::function<void()>& kernel) {
+    Fibers fibers(block_.threads);
+    std::vector<int> phases(block_.threads);
+    std::exception_ptr failure;
+    for (int64_t b = 0; b < last_ && !failure; b += step_) {
+      begin_block();
+      phases.assign(block_.threads, 0);
+      fibers.run(
+          [&](int t) {
+            try {
+              kernel();
+            } catch (...) {
+              failure = std::current_exception();
+            }
+            block_.barrier.leave();
+            block_.warps[t / kWarp].barrier.leave();
+          },
+          [&](int t) { become(b, t), this_phase = phases[t]; },
+          [&](int t) { phases[t] = this_phase; });
+      end_block();
+    }
+    if (failure) std::rethrow_exception(failure);
+  }
+
+  void run_threads(const std::function<void()>& kernel) {
     std::vector<std::thread> threads;
     Barrier between_blocks;
     between_blocks.reset(block_.threads);
@@ -182,7 +219,6 @@ class Grid {
     if (failure) std::rethrow_exception(failure);
   }
 
- private:
   void begin_block() {
     shared_.reset();
     if (shared_bytes_ > 0) {
@@ -197,6 +233,11 @@ class Grid {
   }
 
   void run_thread(const std::function<void()>& kernel, int64_t block, int thread) {
+    become(block, thread);
+    kernel();
+  }
+
+  void become(int64_t block, int thread) {
     this_block = &block_;
     this_log = traffic_ ? &logs_[thread] : nullptr;
     this_phase = 0;
@@ -204,7 +245,6 @@ class Grid {
     blockIdx = {static_cast<unsigned>(block), 0, 0};
     blockDim = {static_cast<unsigned>(block_.threads), 1, 1};
     gridDim = {static_cast<unsigned>(blocks_), 1, 1};
-    kernel();
   }
 
   void end_block() {
