@@ -35,12 +35,13 @@ __global__ void __launch_bounds__(kDataThreads)
   for (Index k = c * multiplier; k < (c + 1) * multiplier; ++k)
     for (Index kh = 0; kh < KH; ++kh) {
       const Index row = ih + static_cast<Index>(forward.top) - kh * static_cast<Index>(forward.DH);
-      if (row < 0 || row % SH != 0 || row / SH >= OH) continue;
+      const Index oh = row / SH;
+      if (row < 0 || oh * SH != row || oh >= OH) continue;
       for (Index kw = 0; kw < KW; ++kw) {
         const Index column =
             iw + static_cast<Index>(forward.left) - kw * static_cast<Index>(forward.DW);
-        const bool falls = column >= 0 && column % SW == 0 && column / SW < OW;
-        const Index oh = row / SH, ow = column / SW;
+        const Index ow = column / SW;
+        const bool falls = column >= 0 && ow * SW == column && ow < OW;
         const Index out = forward.channels_last ? ((n * OH + oh) * OW + ow) * K + k
                                                 : ((n * K + k) * OH + oh) * OW + ow;
         sum[0] += widen(load<1>(dconv + out, falls).lane[0]) *

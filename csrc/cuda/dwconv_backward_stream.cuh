@@ -1,7 +1,10 @@
 // The backward's first step for 3x3, 5x5 and 7x7 kernels of stride 1 and 2, both layouts. A thread
-// walks down a column strip with K rows of input in registers: each is loaded once and serves the
+// walks down a column with K rows of input in registers: each is loaded once and serves the
 // convolution that z needs and then the weight's sums. Its sums stay in registers until the end of
-// its chunk, over rows, strips and images.
+// its chunk, over rows, columns and images.
+//
+// The rows are moved up in registers, a fifth of the instructions: K copies of the loop's body,
+// each with the rows in their places, save that but keep so much alive that they spill.
 //
 // Channels_last: lanes are neighbouring vectors of channels. Contiguous: a block owns one channel
 // and its lanes are neighbouring columns (V = 1).
@@ -13,16 +16,15 @@
 
 namespace mnet::cuda {
 
-// Where the items of a stream lie: each a column of `rows` output rows.
+// The items of a stream: each a column of `rows` output rows.
 struct BackwardStreamPlan {
   BackwardShare share;
   int rows, row_blocks;
 };
 
 template <typename Element, int K, int S, int V, int P>
-__global__ void __launch_bounds__(kBackwardThreads, 2)
+__global__ void __launch_bounds__(kBackwardThreads, K == 3 && V == 1 ? 5 : 2)
     dwconv_backward_stream(const DwconvBackwardCall call, const BackwardStreamPlan plan) {
-  static_assert(P == 1 || P == K, "rows on their way, in step with the ring of rows");
   const DwconvCall& forward = call.forward;
   const BackwardShare& share = plan.share;
   const int lanes = share.lanes, thread = static_cast<int>(threadIdx.x);
@@ -72,8 +74,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     };
     auto request_dy = [&](int r) { return load<V>(dy + out + r * OW * pixel, r < rows); };
 
-    // Input row i of the strip lies in window[i % K]; output row r sees rows r*S to r*S + K - 1, of
-    // which the last S are new. They, and dy's row, wait in coming[r % P] from P rows before.
+    // The rows that output row r sees, and those that wait: coming[p] holds what output row r + p
+    // adds to them, S rows of x and one of dy.
     float window[K][K][V];
     Vector<Element, V> coming[P][S][K], coming_dy[P];
 #pragma unroll
@@ -89,46 +91,47 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 #pragma unroll
       for (int j = 0; j < K; ++j) widen(request(i, j), window[i][j]);
 
-    for (int first = 0; first < rows; first += K) {
+#pragma unroll 1
+    for (int r = 0; r < rows; ++r) {
 #pragma unroll
-      for (int phase = 0; phase < K; ++phase) {
-        const int r = first + phase;
-        if (r >= rows) break;
+      for (int s = 0; s < S; ++s)
 #pragma unroll
-        for (int s = 0; s < S; ++s)
+        for (int j = 0; j < K; ++j) {
+          widen(coming[0][s][j], window[K - S + s][j]);
 #pragma unroll
-          for (int j = 0; j < K; ++j) {
-            widen(coming[phase % P][s][j], window[(phase * S + K - S + s) % K][j]);
-            coming[phase % P][s][j] = request((r + P) * S + K - S + s, j);
-          }
-        float dz[V], conv[V] = {}, z[V], dconv[V];
-        widen(coming_dy[phase % P], dz);
-        coming_dy[phase % P] = request_dy(r + P);
-#pragma unroll
-        for (int kh = 0; kh < K; ++kh)
-#pragma unroll
-          for (int kw = 0; kw < K; ++kw)
-#pragma unroll
-            for (int v = 0; v < V; ++v)
-              conv[v] += window[(phase * S + kh) % K][kw][v] * taps[kh * K + kw][v];
-#pragma unroll
-        for (int v = 0; v < V; ++v) z[v] = conv[v] * scale[v] + shift[v];
-        activation_backward_all(forward.activation, forward.slope, z, dz);
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          dconv[v] = dz[v] * scale[v];
-          sums[K * K][v] += dz[v] * conv[v];
-          sums[K * K + 1][v] += dz[v];
+          for (int p = 1; p < P; ++p) coming[p - 1][s][j] = coming[p][s][j];
+          coming[P - 1][s][j] = request((r + P) * S + K - S + s, j);
         }
-        store(dconv_to + out + r * OW * pixel, narrow<Element>(dconv), call.dconv != nullptr);
+      float dz[V], conv[V] = {}, z[V], dconv[V];
+      widen(coming_dy[0], dz);
 #pragma unroll
-        for (int kh = 0; kh < K; ++kh)
+      for (int p = 1; p < P; ++p) coming_dy[p - 1] = coming_dy[p];
+      coming_dy[P - 1] = request_dy(r + P);
 #pragma unroll
-          for (int kw = 0; kw < K; ++kw)
+      for (int kh = 0; kh < K; ++kh)
 #pragma unroll
-            for (int v = 0; v < V; ++v)
-              sums[kh * K + kw][v] += window[(phase * S + kh) % K][kw][v] * dconv[v];
+        for (int kw = 0; kw < K; ++kw)
+#pragma unroll
+          for (int v = 0; v < V; ++v) conv[v] += window[kh][kw][v] * taps[kh * K + kw][v];
+#pragma unroll
+      for (int v = 0; v < V; ++v) z[v] = conv[v] * scale[v] + shift[v];
+      activation_backward_all(forward.activation, forward.slope, z, dz);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        dconv[v] = dz[v] * scale[v];
+        sums[K * K][v] += dz[v] * conv[v];
+        sums[K * K + 1][v] += dz[v];
       }
+      store(dconv_to + out + r * OW * pixel, narrow<Element>(dconv), call.dconv != nullptr);
+#pragma unroll
+      for (int kh = 0; kh < K; ++kh)
+#pragma unroll
+        for (int kw = 0; kw < K; ++kw)
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            sums[kh * K + kw][v] += window[kh][kw][v] * dconv[v];
+            if (kh >= S) window[kh - S][kw][v] = window[kh][kw][v];
+          }
     }
   }
   if (call.partials == nullptr) return;
@@ -164,6 +167,12 @@ struct DwconvBackwardStream {
   // Taps, their sums and the window take 3*K*K*V registers.
   static constexpr int widest(int64_t K) { return K == 3 ? 4 : K == 5 ? 2 : 1; }
 
+  // Rows on their way: about 128 bytes a thread, as far as there are registers.
+  static constexpr int rows_coming(int K, int row_bytes) {
+    const int most = K == 3 ? 4 : K == 5 ? 2 : 1, rows = 128 / row_bytes;
+    return rows < 1 ? 1 : rows < most ? rows : most;
+  }
+
   static int width(const DwconvBackwardCall& call) {
     const DwconvCall& f = call.forward;
     const int V = widest(f.KH);
@@ -195,7 +204,7 @@ struct DwconvBackwardStream {
   static void launch_as(Launcher&& launcher, const DwconvBackwardCall& call) {
     const BackwardStreamPlan plan = DwconvBackwardStream::plan(call);
     const bool sums = call.partials != nullptr;
-    constexpr int P = K == 3 && S == 1 ? K : 1;
+    constexpr int P = rows_coming(K, (S * K + 1) * V * static_cast<int>(sizeof(Element)));
     launcher(dwconv_backward_stream<Element, K, S, V, P>,
              Geometry{plan.share.blocks(), kBackwardThreads,
                       sums ? partials_bytes(K * K + 2, V) : 0, sums},
