@@ -21,6 +21,7 @@ MNET_HOST_DEVICE T activation_backward(Activation activation, T slope, T z, T dy
       const T gate = T(1) / (T(1) + std::exp(-z));
       return dy * gate * (T(1) + z * (T(1) - gate));
     }
+    case Activation::hardsigmoid: return z > T(-3) && z < T(3) ? dy * T(1.0 / 6) : T(0);
   }
   return dy;
 }

@@ -90,6 +90,7 @@ __device__ __forceinline__ void activation_backward_all(Activation activation, f
     MNET_CASE(leaky_relu)
     MNET_CASE(hardswish)
     MNET_CASE(silu)
+    MNET_CASE(hardsigmoid)
 #undef MNET_CASE
   }
 }
