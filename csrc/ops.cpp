@@ -10,6 +10,12 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
   m.def(
       "dwconv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[2] stride, "
       "int[4] padding, int[2] dilation, str activation, float slope) -> Tensor");
+  // (dx, dweight, dscale, dshift) for the gradient dy of the output; frozen statistics. data, sums:
+  // whether to compute dx, and the other three; those that are not are empty. CUDA only.
+  m.def(
+      "dwconv_bn_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, "
+      "int[2] stride, int[4] padding, int[2] dilation, str activation, float slope, bool data, "
+      "bool sums) -> (Tensor, Tensor, Tensor, Tensor)");
   // A dense convolution (one group) on weights packed by pack_conv_weight; float32, channels_last.
   m.def(
       "conv_bn_act_packed(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, int[2] kernel, "

@@ -22,6 +22,7 @@ from mnet_kernels.registration import same_device as _same_device
 
 _check = torch.ops.mnet_kernels.check_conv.default
 _dwconv_bn_act = torch.ops.mnet_kernels.dwconv_bn_act.default
+_dwconv_bn_act_backward = torch.ops.mnet_kernels.dwconv_bn_act_backward.default
 _conv_bn_act_packed = torch.ops.mnet_kernels.conv_bn_act_packed.default
 
 
@@ -225,6 +226,19 @@ def _dwconv_bn_act_fake(x, weight, scale, shift, stride, padding, dilation, acti
     return y.to(memory_format=registration.layout_of(x))
 
 
+@torch.library.register_fake("mnet_kernels::dwconv_bn_act_backward")
+def _dwconv_bn_act_backward_fake(dy, x, weight, scale, shift, *constants_and_wanted):
+    *_, data, sums = constants_and_wanted
+    op = "dwconv_bn_act_backward"
+    _same_device(op, x, dy=dy, weight=weight, scale=scale, shift=shift)
+    dx = x.new_empty(x.shape).to(memory_format=_layout(x)) if data else x.new_empty(0)
+    dweight = x.new_empty(weight.shape if sums else 0)
+    dscale, dshift = (
+        x.new_empty(weight.shape[0] if sums else 0, dtype=torch.float32) for _ in range(2)
+    )
+    return dx, dweight, dscale, dshift
+
+
 @torch.library.register_fake("mnet_kernels::conv_bn_act_packed")
 def _conv_bn_act_packed_fake(
     x, packed, scale, shift, kernel, stride, padding, dilation, out_channels, activation, slope
@@ -274,6 +288,19 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
+    needs_x, *needs_others = ctx.needs_input_grad[:4]
+    # The fused operator has no derivative of its own: where one is asked for (create_graph), what
+    # follows is recorded, and plain PyTorch has derivatives of any order.
+    if ctx.saved_tensors[0].is_cuda and not torch.is_grad_enabled():
+        gradients = _dwconv_bn_act_backward(
+            dy, *ctx.saved_tensors, *ctx.constants, needs_x, any(needs_others)
+        )
+        wanted = zip(gradients, ctx.needs_input_grad[:4], strict=True)
+        return *(g if needed else None for g, needed in wanted), *(None,) * 5
+    return _native_backward(ctx, dy)
+
+
+def _native_backward(ctx, dy):
     x, weight, scale, shift = ctx.saved_tensors
     stride, padding, dilation, activation, slope = ctx.constants
     stride, dilation = list(_pair(stride)), list(_pair(dilation))

@@ -24,14 +24,14 @@ if rulers.BACKEND == "triton":
 TESTS = Path(__file__).parent
 #: Tests, which cases of them, and which of them not.
 RUNS = {
-    "fast paths": (("test_dwconv_bn_act.py",), "2/9", "fast_paths"),
+    "fast paths": (("test_dwconv_bn_act.py",), "2/17", "fast_paths"),
     # Threads, prefetching and files of 14 GiB are the cpu backend's; the interpreter has no fused
     # multiply-add, which native's accuracy rests on.
     "operator": (
-        ("test_dwconv_bn_act.py",), "0/5",
+        ("test_dwconv_bn_act.py",), "1/7",
         "not fast_paths and not threads and not beyond and not 2_to_31 and not no_less_accurate",
     ),
-    "gradients": (("test_fused_gradients.py",), "0/3", ""),
+    "gradients": (("test_fused_gradients.py",), "0/5", ""),
     "torch": (("test_triton_in_torch.py", "test_bad_input.py"), "0/1", ""),
 }  # fmt: skip
 
@@ -69,7 +69,7 @@ def interpreted():
 def test_in_the_interpreter(interpreted, name):
     out, _ = interpreted[name].communicate(timeout=600)
     assert interpreted[name].returncode == 0, out[-6000:]
-    assert int(re.search(r"(\d+) passed", out).group(1)) > 20
+    assert int(re.search(r"(\d+) passed", out).group(1)) > 15
 
 
 @pytest.mark.old_triton

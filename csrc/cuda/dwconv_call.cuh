@@ -76,6 +76,7 @@ __device__ __forceinline__ void activate_all(Activation activation, float slope,
     MNET_CASE(leaky_relu)
     MNET_CASE(hardswish)
     MNET_CASE(silu)
+    MNET_CASE(hardsigmoid)
 #undef MNET_CASE
   }
 }

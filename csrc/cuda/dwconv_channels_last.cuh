@@ -1,9 +1,9 @@
 // Depthwise convolution, channels_last: K x K, stride S, no dilation, one output a channel.
 //
 // A thread owns V neighbouring channels (one memory instruction of up to 16 bytes) and a strip of
-// T output columns. Threads are numbered along channel vectors first, then along strips: up to 128
-// bytes of each pixel, then the pixels beside it, so a block reads whole sectors and what its
-// strips share comes from the first-level cache. Channels beyond 128 bytes go to other threads.
+// T output columns. Threads are numbered along channel vectors first, up to 128 bytes of a pixel,
+// then along strips, then down the plane: a block reads whole sectors, and what its threads share
+// (pixels at the edges of strips and rows, weights) comes from the first-level cache.
 //
 //   stream   walks down the plane. An input row is loaded and converted once; it is added to all
 //            the output rows it reaches, whose sums wait in registers. P rows are on their way
@@ -41,7 +41,7 @@ constexpr int kRowsComing = K == 3 ? (S == 1 ? 3 : 2) : 1;
 // How outputs are shared out between threads.
 struct ChannelsLastPlan {
   Divisor vectors;  // of one chunk of channels
-  Divisor strips, chunks, row_blocks;
+  Divisor strips, row_blocks, chunks;
   int rows;  // of a row block
   uint32_t threads;
 };
@@ -59,8 +59,8 @@ __device__ __forceinline__ bool place_of_thread(const DwconvCall& call,
   if (at >= plan.threads) return false;
   const uint32_t vector = plan.vectors.divide(at);
   const uint32_t strip = plan.strips.divide(at);
-  const uint32_t chunk = plan.chunks.divide(at);
   const uint32_t row_block = plan.row_blocks.divide(at);
+  const uint32_t chunk = plan.chunks.divide(at);
   place.n = static_cast<int>(at);
   place.c = static_cast<int>(chunk * plan.vectors.value + vector) * V;
   place.ow = static_cast<int>(strip) * T;
@@ -264,8 +264,8 @@ ChannelsLastPlan plan_of(const DwconvCall& call, int64_t element_bytes, bool who
   ChannelsLastPlan plan;
   plan.vectors = Divisor(static_cast<uint32_t>(in_chunk));
   plan.strips = Divisor(static_cast<uint32_t>(strips));
-  plan.chunks = Divisor(static_cast<uint32_t>(chunks));
   plan.row_blocks = Divisor(static_cast<uint32_t>(row_blocks));
+  plan.chunks = Divisor(static_cast<uint32_t>(chunks));
   plan.rows = static_cast<int>(rows);
   if (!fit_int32({in_row * row_blocks}))
     throw std::runtime_error("dwconv_channels_last: more threads than 32-bit indices count");

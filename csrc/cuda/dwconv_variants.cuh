@@ -2,12 +2,15 @@
 #pragma once
 
 #include "dwconv_channels_last.cuh"
+#include "dwconv_contiguous_run.cuh"
+#include "dwconv_contiguous_stream.cuh"
 #include "dwconv_general.cuh"
 #include "variants.cuh"
 
 namespace mnet::cuda {
 
-using DwconvVariants = Variants<DwconvChannelsLastStream, DwconvChannelsLastTile, DwconvGeneral>;
+using DwconvVariants = Variants<DwconvChannelsLastStream, DwconvChannelsLastTile,
+                                DwconvContiguousStream, DwconvContiguousRun, DwconvGeneral>;
 
 // The fastest variant for a call.
 inline const char* choose(const DwconvCall& call) {
@@ -16,6 +19,11 @@ inline const char* choose(const DwconvCall& call) {
     const int64_t threads = call.N * divide_up(call.OH, 7) * divide_up(call.OW, 2) * call.C / 8;
     return threads < kOneWave ? DwconvChannelsLastTile::kName : DwconvChannelsLastStream::kName;
   }
+  const bool stream = DwconvContiguousStream::can_run(call);
+  if (stream && stream_width(call) * element_bytes(call) == 16)
+    return DwconvContiguousStream::kName;
+  if (DwconvContiguousRun::can_run(call)) return DwconvContiguousRun::kName;
+  if (stream) return DwconvContiguousStream::kName;
   return DwconvGeneral::kName;
 }
 

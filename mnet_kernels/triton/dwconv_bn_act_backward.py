@@ -229,7 +229,7 @@ def _backward_weight(
     for i in tl.static_range(TAP_ROWS):
         for j in tl.static_range(TAP_COLS):
             tap = (tap_h + i) * KW + tap_w + j
-            taken = k_exists & (tap_h + i < KH) & (tap_w + j < KW)
+            taken = k_exists & (tap_w + j < KW)  # TAP_ROWS divides KH
             total = tl.sum(sums[i * TAP_COLS + j], 0)[None, :]
             tl.store(partial_ptr + (chunk * (KH * KW) + tap) * (C * M) + k, total, taken)
 

@@ -42,9 +42,10 @@ std::string names(const emulation::Request&) { return join(DwconvVariants::names
 std::string able(const emulation::Request& r) {
   return join(DwconvVariants::able(call_of_request(r)));
 }
+std::string chosen(const emulation::Request& r) { return choose(call_of_request(r)); }
 
 const emulation::Registration run_(("dwconv"), run), names_("dwconv_names", names),
-    able_("dwconv_able", able);
+    able_("dwconv_able", able), chosen_("dwconv_choose", chosen);
 
 }  // namespace
 }  // namespace mnet::cuda

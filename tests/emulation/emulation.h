@@ -1,8 +1,9 @@
 // CUDA's words for the host compiler, so that csrc/cuda/*.cuh compiles and runs without a GPU.
-// Blocks run one after another. The threads of a block are real threads wherever they meet (in
-// barriers or shuffles), always so under ThreadSanitizer; else they too run one after another.
+// Blocks run one after another. The threads of a block take turns wherever they meet (in barriers
+// or shuffles), else they too run one after another; under ThreadSanitizer they are real threads.
 #pragma once
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -17,6 +18,7 @@
 #include <thread>
 #include <vector>
 
+#include "fibers.h"
 #include "traffic.h"
 
 #define __global__ inline
@@ -41,6 +43,11 @@ class Barrier {
     const uint64_t mine = generation_;
     ++waiting_;
     release_if_complete();
+    if (Fibers::here()) {
+      lock.unlock();
+      while (generation_ == mine) Fibers::yield();
+      return;
+    }
     all_here_.wait(lock, [&] { return generation_ != mine; });
   }
 
@@ -130,22 +137,59 @@ inline void require_full(unsigned mask) {
 class Grid {
  public:
   Grid(int64_t blocks, int threads, int shared_bytes, bool meets, Traffic* traffic)
-      : blocks_(blocks), shared_bytes_(shared_bytes), traffic_(traffic) {
+      : blocks_(blocks), last_(blocks), shared_bytes_(shared_bytes), traffic_(traffic) {
     block_.threads = threads;
     block_.meets = meets;
     block_.warps = std::vector<Warp>((threads + kWarp - 1) / kWarp);
     logs_.resize(threads);
   }
 
+  // Leaves out all but about `count` of the first `of` blocks, evenly spread.
+  void sample(int64_t of, int64_t count) {
+    last_ = std::max<int64_t>(1, std::min(of, blocks_));
+    step_ = (last_ + count - 1) / count;
+  }
+
   void run(const std::function<void()>& kernel, bool real_threads) {
     if (!real_threads && !block_.meets) {
-      for (int64_t b = 0; b < blocks_; ++b) {
+      for (int64_t b = 0; b < last_; b += step_) {
         begin_block();
         for (int t = 0; t < block_.threads; ++t) run_thread(kernel, b, t);
         end_block();
       }
-      return;
+    } else if (!real_threads) {
+      run_fibers(kernel);
+    } else {
+      run_threads(kernel);
     }
+  }
+
+ private:
+  void run_fibers(const std::function<void()>& kernel) {
+    Fibers fibers(block_.threads);
+    std::vector<int> phases(block_.threads);
+    std::exception_ptr failure;
+    for (int64_t b = 0; b < last_ && !failure; b += step_) {
+      begin_block();
+      phases.assign(block_.threads, 0);
+      fibers.run(
+          [&](int t) {
+            try {
+              kernel();
+            } catch (...) {
+              failure = std::current_exception();
+            }
+            block_.barrier.leave();
+            block_.warps[t / kWarp].barrier.leave();
+          },
+          [&](int t) { become(b, t), this_phase = phases[t]; },
+          [&](int t) { phases[t] = this_phase; });
+      end_block();
+    }
+    if (failure) std::rethrow_exception(failure);
+  }
+
+  void run_threads(const std::function<void()>& kernel) {
     std::vector<std::thread> threads;
     Barrier between_blocks;
     between_blocks.reset(block_.threads);
@@ -153,7 +197,7 @@ class Grid {
     std::mutex failure_lock;
     for (int t = 0; t < block_.threads; ++t)
       threads.emplace_back([&, t] {
-        for (int64_t b = 0; b < blocks_; ++b) {
+        for (int64_t b = 0; b < last_; b += step_) {
           if (t == 0) begin_block();
           between_blocks.wait();
           if (!failure) try {
@@ -175,7 +219,6 @@ class Grid {
     if (failure) std::rethrow_exception(failure);
   }
 
- private:
   void begin_block() {
     shared_.reset();
     if (shared_bytes_ > 0) {
@@ -190,6 +233,11 @@ class Grid {
   }
 
   void run_thread(const std::function<void()>& kernel, int64_t block, int thread) {
+    become(block, thread);
+    kernel();
+  }
+
+  void become(int64_t block, int thread) {
     this_block = &block_;
     this_log = traffic_ ? &logs_[thread] : nullptr;
     this_phase = 0;
@@ -197,7 +245,6 @@ class Grid {
     blockIdx = {static_cast<unsigned>(block), 0, 0};
     blockDim = {static_cast<unsigned>(block_.threads), 1, 1};
     gridDim = {static_cast<unsigned>(blocks_), 1, 1};
-    kernel();
   }
 
   void end_block() {
@@ -209,7 +256,7 @@ class Grid {
     void operator()(unsigned char* p) const { ::operator delete(p, std::align_val_t(128)); }
   };
 
-  int64_t blocks_;
+  int64_t blocks_, last_, step_ = 1;
   int shared_bytes_;
   Traffic* traffic_;
   Block block_;
@@ -222,14 +269,19 @@ class Grid {
 struct Launcher {
   bool real_threads = false;
   Traffic* traffic = nullptr;
+  // Run only so many blocks (0: all) of those that the first of so many images fill.
+  int64_t sample = 0, images = 1;
 
   template <typename Kernel, typename Geometry, typename... Arguments>
   void operator()(Kernel kernel, const Geometry& g, const Arguments&... arguments) const {
-    if (g.blocks < 1 || g.blocks > INT32_MAX || g.threads < 1 || g.threads > 1024)
-      throw std::runtime_error("no such grid: " + std::to_string(g.blocks) + " blocks of " +
-                               std::to_string(g.threads) + " threads");
-    Grid(g.blocks, g.threads, g.shared_bytes, g.cooperates, traffic)
-        .run([&] { kernel(arguments...); }, real_threads);
+    const int64_t blocks = g.blocks;
+    const int threads = g.threads;
+    if (blocks < 1 || blocks > INT32_MAX || threads < 1 || threads > 1024)
+      throw std::runtime_error("no such grid: " + std::to_string(blocks) + " blocks of " +
+                               std::to_string(threads) + " threads");
+    Grid grid(blocks, threads, g.shared_bytes, g.cooperates, traffic);
+    if (sample) grid.sample(blocks / images, sample);
+    grid.run([&] { kernel(arguments...); }, real_threads);
   }
 };
 

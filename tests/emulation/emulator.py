@@ -23,11 +23,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILDS = ROOT / "build" / "emulation"
 
-FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wno-unknown-pragmas", "-pthread", f"-I{HERE}"]
+FLAGS = ["-std=c++17", "-g1", "-Wall", "-Wno-unknown-pragmas", "-pthread", f"-I{HERE}"]
+# Optimised as far as compiling and running take least together.
 SANITIZERS = {
-    "": [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-fsanitize=thread"],
+    "": ["-O1"],
+    "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-O1", "-fsanitize=thread"],
 }
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
 
@@ -91,6 +92,7 @@ class Emulator:
         numbers: dict[str, float] | None = None,
         inputs: dict[str, Tensor | None] | None = None,
         outputs: dict[str, Tensor] | None = None,
+        scratch: dict[str, int] | None = None,
         offsets: dict[str, int] | None = None,
         count: bool = False,
     ) -> Answer:
@@ -98,6 +100,7 @@ class Emulator:
 
         Args:
             inputs: copied as they lie in memory; None is a null pointer.
+            scratch: bytes of memory whose content does not matter, by name.
             offsets: bytes past a 256-byte boundary at which a buffer starts; 0 by default.
             count: also count the memory traffic.
         """
@@ -108,6 +111,7 @@ class Emulator:
         words += [f"in:{k}={len(v)}+{at.get(k, 0)}" for k, v in given.items()]
         wanted = outputs or {}
         words += [f"out:{k}={v.nbytes}+{at.get(k, 0)}" for k, v in wanted.items()]
+        words += [f"scratch:{k}={v}+0" for k, v in (scratch or {}).items()]
         process = self._started()
         assert process.stdin and process.stdout
         try:

@@ -1,8 +1,12 @@
 // Serves requests from stdin until it ends: a header line, then the input buffers' bytes; answers
 // with a line, then the output buffers' bytes.
 //
-//   request  operation variant [name=number]... [in:name=bytes+offset]...
-//   [out:name=bytes+offset]... answer   ok TEXT TAB TRAFFIC | error TEXT
+//   request  operation variant [name=number]... [KIND:name=bytes+offset]...
+//   answer   ok TEXT TAB TRAFFIC
+//   or       error TEXT
+//
+// KIND is in, out or scratch (memory of unknown content that is not sent back). Numbers with a
+// meaning here: count (the traffic), sample and images (see Launcher).
 #include <cstdio>
 #include <iostream>
 #include <optional>
@@ -37,9 +41,10 @@ Header parse(const std::string& line) {
       continue;
     }
     const std::string buffer = name.substr(colon + 1);
-    header.request.buffers.try_emplace(buffer, std::stoull(value),
-                                       std::stoull(value.substr(value.find('+') + 1)));
-    (name[0] == 'i' ? header.inputs : header.outputs).push_back(buffer);
+    header.request.buffers.try_emplace(
+        buffer, std::stoull(value), std::stoull(value.substr(value.find('+') + 1)), name[0] == 's');
+    if (name[0] == 'i') header.inputs.push_back(buffer);
+    if (name[0] == 'o') header.outputs.push_back(buffer);
   }
   return header;
 }
@@ -57,6 +62,10 @@ void serve(const std::string& line) {
   }
   Traffic traffic(std::move(named));
   if (request.numbers.count("count")) request.launcher.traffic = &traffic;
+  if (request.numbers.count("sample")) {
+    request.launcher.sample = request.integer("sample");
+    request.launcher.images = request.integer("images");
+  }
 #ifdef __SANITIZE_THREAD__
   request.launcher.real_threads = true;
 #endif

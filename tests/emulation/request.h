@@ -14,14 +14,14 @@
 namespace emulation {
 
 // Exactly `bytes` of memory (a sanitizer sees the first byte past either end), `offset` bytes past
-// a multiple of 256. Outputs start as NaN.
+// a multiple of 256. Outputs start as NaN; scratch is not touched, so it may be huge.
 class Memory {
  public:
-  Memory(std::size_t bytes, std::size_t offset)
+  Memory(std::size_t bytes, std::size_t offset, bool scratch)
       : bytes_(bytes),
         offset_(offset),
         base_(static_cast<unsigned char*>(::operator new(bytes + offset, std::align_val_t(256)))) {
-    std::memset(base_.get(), 0xff, bytes + offset);
+    if (!scratch) std::memset(base_.get(), 0xff, bytes + offset);
   }
   unsigned char* data() const { return base_.get() + offset_; }
   std::size_t size() const { return bytes_; }

@@ -1,0 +1,134 @@
+// The backward of dwconv_bn_act with frozen statistics: what its kernels share.
+//
+//   z = scale * conv(x) + shift      recomputed in float32 from x, never in memory
+//   dz = dy * act'(z)                dshift = sum(dz), dscale = sum(dz * conv(x))
+//   dconv = dz * scale               dweight = sum(dconv * x), dx = transposed conv(dconv)
+//
+// Three steps. The first reads x and dy once, writes dconv in x's dtype and leaves one row of
+// float32 sums a chunk of the work: (chunks, KH * KW + 2, K), for each tap, then dscale, dshift.
+// The second adds the chunks in their order. The third makes dx from dconv, for stride 1 by the
+// forward kernels. No atomics: the same call gives the same bits.
+//
+// Memory traffic in tensors of y's size, x being S*S of them (stride S): the first step moves
+// S*S + 1 + 1, the third 1 + S*S: 5 for stride 1, 11 for stride 2. Without dconv the third step
+// would recompute dz on a halo from x and dy: 5 and 14, and another convolution. One step for all
+// would move 3 and 9, but has three convolutions to do on what it moves, some 30 multiply-adds and
+// their conversions an element of 6 bytes (16-bit types): more than a GPU does while it moves them.
+// Native moves 5 for z and its activation, 3 for dz, 2 for dconv, 3 for dscale, 1 for dshift, 2
+// for dx and at least 2 for dweight: 18 for stride 1.
+#pragma once
+
+#include "../activation_backward.h"
+#include "dwconv_call.cuh"
+
+namespace mnet::cuda {
+
+struct DwconvBackwardCall {
+  DwconvCall forward;  // its y is not used
+  const void* dy;      // (N, K, OH, OW); dtype and layout of this and all below are x's
+  void* dconv;         // (N, K, OH, OW); null where nothing reads it
+  float* partials;     // (chunks, KH * KW + 2, K); null where no sums are wanted
+  int64_t chunks;
+  void* dx;       // (N, C, H, W), or null
+  void* flipped;  // (K, 1, KH, KW), room for the transposed convolution's weight
+  void* dweight;  // (K, 1, KH, KW), or null, and then the next two are, too
+  float* dscale;  // (K,)
+  float* dshift;  // (K,)
+};
+
+inline constexpr int kBackwardThreads = 128;
+
+// How the first step is shared out. A block owns the channels of one group and the items (pixels,
+// or column strips) of one chunk; its threads are `lanes` vectors of channels by slices of items.
+struct BackwardShare {
+  int lanes;
+  int64_t groups, chunks, items;
+  int64_t per_chunk;  // items
+
+  int64_t blocks() const { return groups * chunks; }
+};
+
+// About four waves of blocks on the largest GPUs; a constant, so that sums do not depend on which
+// GPU runs. More chunks would cost the second step more than they gain the first.
+inline constexpr int64_t kBackwardBlocks = 1056;
+
+inline BackwardShare backward_share(const DwconvCall& call, int V, int64_t items) {
+  BackwardShare share{};
+  share.items = items;
+  const int64_t vectors = call.K / V;
+  share.lanes = 1;
+  if (call.channels_last) {
+    // As many as share a warp with the fewest that have no channel.
+    share.lanes = 32;
+    for (int lanes : {16, 8, 4})
+      if (divide_up(vectors, lanes) * lanes < divide_up(vectors, share.lanes) * share.lanes)
+        share.lanes = lanes;
+  }
+  share.groups = divide_up(vectors, share.lanes);
+  const int64_t slices = kBackwardThreads / share.lanes;
+  const int64_t wanted = divide_up(kBackwardBlocks, share.groups);
+  share.per_chunk =
+      divide_up(divide_up(items, std::min(wanted, divide_up(items, slices))), slices) * slices;
+  share.chunks = divide_up(items, share.per_chunk);
+  return share;
+}
+
+// dz[i] from z[i] and dy[i], which it replaces: the switch is passed once for all of them.
+template <int Count>
+__device__ __forceinline__ void activation_backward_all(Activation activation, float slope,
+                                                        const float (&z)[Count],
+                                                        float (&dy)[Count]) {
+  switch (activation) {
+#define MNET_CASE(name)                                            \
+  case Activation::name:                                           \
+    _Pragma("unroll") for (int i = 0; i < Count; ++i) dy[i] =      \
+        activation_backward(Activation::name, slope, z[i], dy[i]); \
+    break;
+    MNET_CASE(identity)
+    MNET_CASE(relu)
+    MNET_CASE(relu6)
+    MNET_CASE(leaky_relu)
+    MNET_CASE(hardswish)
+    MNET_CASE(silu)
+    MNET_CASE(hardsigmoid)
+#undef MNET_CASE
+  }
+}
+
+// Shared memory of store_partials.
+constexpr int partials_bytes(int count, int V) {
+  return count * V * (kBackwardThreads + 1) * static_cast<int>(sizeof(float));
+}
+
+// Adds what the slices of a block have summed, in their order, and writes rows `first` to
+// first + Count (those below `rows`) of the chunk's partial sums. `k` is the block's first channel.
+template <int Count, int V>
+__device__ __forceinline__ void store_partials(const DwconvBackwardCall& call,
+                                               const BackwardShare& share, int64_t chunk,
+                                               int64_t first, int64_t rows, int64_t k,
+                                               const float (&sums)[Count][V]) {
+  constexpr int kPitch = kBackwardThreads + 1;  // threads that read a column hit different banks
+  auto* shared = reinterpret_cast<float*>(shared_memory());
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < Count * V; ++i) {
+    const float value[1] = {sums[i / V][i % V]};
+    store_shared(shared + i * kPitch + thread, narrow<float>(value));
+  }
+  __syncthreads();
+  const int64_t K = call.forward.K;
+  const int channels = share.lanes * V;
+  for (int at = thread; at < Count * channels; at += kBackwardThreads) {
+    const int row = at / channels, channel = at % channels;
+    const float* from = shared + (row * V + channel % V) * kPitch + channel / V;
+    float sum[1] = {0};
+#pragma unroll 8
+    for (int lane = 0; lane < kBackwardThreads; lane += share.lanes)
+      sum[0] += load_shared<1>(from + lane).lane[0];
+    const int64_t all = call.forward.KH * call.forward.KW + 2;
+    store(call.partials + (chunk * all + first + row) * K + k + channel, narrow<float>(sum),
+          first + row < rows && k + channel < K);
+  }
+}
+
+}  // namespace mnet::cuda

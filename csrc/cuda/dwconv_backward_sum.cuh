@@ -1,0 +1,47 @@
+// The second step of the backward: the chunks' partial sums added, always in the same order.
+#pragma once
+
+#include "dwconv_backward_call.cuh"
+
+namespace mnet::cuda {
+
+// A block adds 32 neighbouring channels of one row of sums; each of its warps every 16th chunk.
+inline constexpr int kSumChannels = 32, kSumSlices = 16;
+inline constexpr int kSumThreads = kSumChannels * kSumSlices;
+
+template <typename Element>
+__global__ void __launch_bounds__(kSumThreads)
+    dwconv_backward_sum(const DwconvBackwardCall call, const int groups) {
+  const int channel = static_cast<int>(threadIdx.x) % kSumChannels;
+  const int slice = static_cast<int>(threadIdx.x) / kSumChannels;
+  const int64_t K = call.forward.K, taps = call.forward.KH * call.forward.KW;
+  const int64_t row = blockIdx.x / groups;
+  const int64_t k = static_cast<int64_t>(blockIdx.x % groups) * kSumChannels + channel;
+
+  float sum[1] = {0};
+#pragma unroll 8
+  for (int64_t chunk = slice; chunk < call.chunks; chunk += kSumSlices)
+    sum[0] += load<1>(call.partials + (chunk * (taps + 2) + row) * K + k, k < K).lane[0];
+  auto* shared = reinterpret_cast<float*>(shared_memory());
+  store_shared(shared + threadIdx.x, narrow<float>(sum));
+  __syncthreads();
+  if (slice != 0 || k >= K) return;
+#pragma unroll
+  for (int i = 1; i < kSumSlices; ++i)
+    sum[0] += load_shared<1>(shared + i * kSumChannels + channel).lane[0];
+  if (row < taps)
+    store(static_cast<Element*>(call.dweight) + k * taps + row, narrow<Element>(sum));
+  else
+    store((row == taps ? call.dscale : call.dshift) + k, narrow<float>(sum));
+}
+
+template <typename Element, typename Launcher>
+void launch_backward_sum(Launcher&& launcher, const DwconvBackwardCall& call) {
+  const int64_t groups = divide_up(call.forward.K, kSumChannels);
+  launcher(dwconv_backward_sum<Element>,
+           Geometry{(call.forward.KH * call.forward.KW + 2) * groups, kSumThreads,
+                    kSumThreads * static_cast<int>(sizeof(float)), true},
+           call, static_cast<int>(groups));
+}
+
+}  // namespace mnet::cuda
