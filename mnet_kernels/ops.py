@@ -287,11 +287,15 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, scale, shift)
 
 
+def _has_fused_backward(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def _backward(ctx, dy):
     needs_x, *needs_others = ctx.needs_input_grad[:4]
     # The fused operator has no derivative of its own: where one is asked for (create_graph), what
     # follows is recorded, and plain PyTorch has derivatives of any order.
-    if ctx.saved_tensors[0].is_cuda and not torch.is_grad_enabled():
+    if _has_fused_backward(ctx.saved_tensors[0]) and not torch.is_grad_enabled():
         gradients = _dwconv_bn_act_backward(
             dy, *ctx.saved_tensors, *ctx.constants, needs_x, any(needs_others)
         )

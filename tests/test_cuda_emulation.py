@@ -3,6 +3,8 @@ against float64; again under sanitizers; and planted faults that each of these m
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -41,9 +43,12 @@ def test_every_variant_can_run_something():
     """Each row of the table is reached by the fast-path problems below."""
     program = emulator()
     reached = set()
-    for channels_last in (False, True):
+    for channels_last, size in itertools.product((False, True), (9, 16)):
         for kernel, stride in FAST_PATHS:
-            p = problem((1, 16, 9, 9), (kernel, kernel), channels_last=channels_last, stride=stride)
+            p = problem(
+                (1, 16, size, size), (kernel, kernel), channels_last=channels_last,
+                stride=stride, padding=kernel // 2,
+            )  # fmt: skip
             reached |= set(dwconv.able(program, p))
             _, answer = dwconv.run(program, p, "auto")
             assert answer.text in dwconv.able(program, p)
@@ -172,6 +177,35 @@ def test_misaligned_slices(dtype, channels_last, offset):
             stride=stride, padding=1,
         )  # fmt: skip
         check(p, offset=offset)
+
+
+@both_layouts
+def test_padding_and_dilation_beyond_32_bits(channels_last):
+    """The general kernel with 64-bit indices: of three rows of taps only one meets the input."""
+    p = problem((2, 3, 4, 5), channels_last=channels_last, dilation=(2**30, 1), padding=(2**30, 1))
+    y, _ = dwconv.run(emulator(), p, "general")
+    middle = Problem(p.x, p.weight[:, :, 1:2], p.scale, p.shift, {"padding": (0, 1)})
+    assert_correct(middle, y)
+
+
+@both_layouts
+def test_more_than_2_to_31_elements(channels_last):
+    """Some blocks from all over a tensor of 2.25e9 elements: no address lies outside of it."""
+    program, shape = emulator(), (700, 1024, 56, 56)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta").to(memory_format=layout)
+    weight = torch.empty(1024, 1, 3, 3, dtype=torch.bfloat16, device="meta")
+    numbers = dwconv.sizes(Problem(x, weight, None, None, {"padding": 1}))
+    scratch = {"x": x.nbytes, "weight": weight.nbytes, "y": x.nbytes}
+    able = program.run("dwconv_able", numbers=numbers, scratch=scratch).text.split()
+    assert "general" in able
+    for variant in able:
+        answer = program.run(
+            "dwconv", variant, numbers=numbers | {"sample": 40, "images": 1},
+            scratch=scratch, count=True,
+        )  # fmt: skip
+        assert answer.traffic["x"]["bytes"] > 0
+        assert "outside" not in answer.traffic, variant
 
 
 # Under the sanitizers: out-of-bounds and misaligned accesses, undefined arithmetic; races.

@@ -10,7 +10,9 @@ from emulation.emulator import EmulationError, emulator
 from gradient_rulers import assert_gradients, gradients
 from rulers import Problem, problem
 from torch import Tensor
+from torch.library import opcheck
 
+from mnet_kernels import ops
 from mnet_kernels.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -233,6 +235,98 @@ def test_no_worse_than_native(dtype, channels_last, activation, kernel, stride):
         ours, other = ((t.double() - right).norm() / right.norm() for t in (mine, theirs))
         # Where both sum in float32, the order of the terms decides.
         assert ours <= 1.1 * other + 2e-7, (name, answer.text, ours, other)
+
+
+# The operator inside autograd: its kernels here are the emulated ones.
+
+
+@pytest.fixture
+def emulated_operator(monkeypatch):
+    """CPU tensors take the fused backward; yields the list of (data, sums) that it was asked."""
+    asked = []
+
+    def backward(
+        dy, x, weight, scale, shift, stride, padding, dilation, activation, slope, data, sums
+    ):
+        asked.append((data, sums))
+        layout = ops._layout(x)
+        constants = {
+            "stride": stride, "padding": padding or "same", "dilation": dilation,
+            "activation": activation, "slope": slope,
+        }  # fmt: skip
+        p = Problem(x.contiguous(memory_format=layout), weight, scale, shift, constants)
+        dy = dy.contiguous(memory_format=layout)
+        found, _ = dwconv_backward.run(emulator(), p, dy, data=data, sums=sums)
+        none = (x.new_empty(0), x.new_empty(0), torch.empty(0), torch.empty(0))
+        return tuple(t if t is not None else n for t, n in zip(found, none, strict=True))
+
+    monkeypatch.setattr(ops, "_has_fused_backward", lambda x: True)
+    with torch.library._scoped_library("mnet_kernels", "IMPL") as library:
+        library.impl("dwconv_bn_act_backward", backward, "CPU")
+        yield asked
+
+
+@both_layouts
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("constants", [
+    {"padding": 1}, {"stride": 2, "padding": "same"}, {"padding": (0, 1), "stride": (2, 1)},
+], ids=str)  # fmt: skip
+def test_autograd_takes_the_operator(emulated_operator, channels_last, affine, constants):
+    p = problem((2, 8, 7, 9), channels_last=channels_last, affine=affine, **constants)
+    dy = torch.randn_like(p.run("native"))
+    assert_gradients(p, dy, gradients(p, dy))
+    assert emulated_operator == [(True, True)]
+    y = ops.dwconv_bn_act(*(None if t is None else t.requires_grad_() for t in p.tensors),
+                          **p.constants)  # fmt: skip
+    y.sum().backward()  # a gradient that is one number, expanded
+    assert_gradients(p, torch.ones_like(y), [t if t is None else t.grad for t in p.tensors])
+    assert p.x.grad.stride() == p.x.stride()
+
+
+@pytest.mark.parametrize("needed", [0, 1, 2, 3])
+def test_only_what_is_needed_is_computed(emulated_operator, needed):
+    p = problem((2, 8, 7, 9), padding=1)
+    dy = torch.randn_like(p.run("native"))
+    p.tensors[needed].requires_grad_()
+    p.run().backward(dy)
+    assert [t.grad is not None for t in p.tensors] == [i == needed for i in range(4)]
+    assert_gradients(p, dy, [t.grad for t in p.tensors])
+    assert emulated_operator == [(needed == 0, needed != 0)]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_second_derivatives_are_plain_pytorchs(emulated_operator, activation):
+    p = problem((1, 4, 5, 6), padding=1, activation=activation, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in p.tensors]
+    assert torch.autograd.gradgradcheck(
+        lambda *t: ops.dwconv_bn_act(*t, **p.constants), inputs, nondet_tol=0
+    )
+    assert emulated_operator == []
+
+
+@both_layouts
+def test_the_operator_and_its_fake(emulated_operator, channels_last):
+    p = problem((2, 8, 7, 9), channels_last=channels_last, stride=2, padding=1)
+    dy = torch.randn_like(p.run("native"))
+    for wanted in ((True, True), (True, False), (False, True)):
+        opcheck(
+            torch.ops.mnet_kernels.dwconv_bn_act_backward.default,
+            (dy, *p.tensors, [2, 2], [1, 1], [1, 1], "relu6", 0.0, *wanted),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+def test_compiled(emulated_operator):
+    p = problem((2, 8, 7, 9), padding=1)
+    inputs = [t.clone().requires_grad_() for t in p.tensors]
+    call = torch.compile(
+        lambda *t: ops.dwconv_bn_act(*t, padding=1), backend="aot_eager", fullgraph=True
+    )
+    y = call(*inputs)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    assert emulated_operator == [(True, True)]
+    assert_gradients(p, dy, [t.grad for t in inputs])
 
 
 # Under the sanitizers: out-of-bounds and misaligned accesses, undefined arithmetic; races.

@@ -31,8 +31,8 @@ constexpr int kWidest = K == 3   ? 16 / sizeof(Element)
                         : K == 5 ? 4
                                  : 2;
 
-template <int K>
-constexpr int kStrip = 2;
+// T: as many output columns as leave registers for rows on their way.
+inline constexpr int kStrip = 2;
 
 // Rows on their way in the stream: as many as give 32 KiB in flight on a multiprocessor.
 template <int K, int S>
@@ -130,7 +130,7 @@ __device__ __forceinline__ void finish(const DwconvCall& call, float (&sum)[T * 
 template <typename Element, int K, int S, int V, int P, bool Clamps>
 __global__ void __launch_bounds__(kChannelsLastThreads, 2)
     dwconv_channels_last_stream(const DwconvCall call, const ChannelsLastPlan plan) {
-  constexpr int T = kStrip<K>, kColumns = (T - 1) * S + K;
+  constexpr int T = kStrip, kColumns = (T - 1) * S + K;
   constexpr int kRing = (K + S - 1) / S;  // output rows that an input row reaches
   constexpr int kPeriod = kRing * S;      // input rows until all is as before
   static_assert(kPeriod % P == 0);
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kChannelsLastThreads, 2)
 template <typename Element, int K, int S, int V, bool Clamps>
 __global__ void __launch_bounds__(kChannelsLastThreads, 2)
     dwconv_channels_last_tile(const DwconvCall call, const ChannelsLastPlan plan) {
-  constexpr int T = kStrip<K>, kColumns = (T - 1) * S + K;
+  constexpr int T = kStrip, kColumns = (T - 1) * S + K;
   ChannelsLastPlace at;
   if (!place_of_thread<V, T>(call, plan, at)) return;
   const int C = call.C, H = call.H, W = call.W;
@@ -319,7 +319,7 @@ struct DwconvChannelsLastStream {
       constexpr int K = decltype(kernel)::value, S = decltype(stride)::value;
       with_width<Element, K>(call, [&](auto width) {
         constexpr int V = decltype(width)::value;
-        const auto plan = plan_of<V, kStrip<K>>(call, sizeof(Element), true);
+        const auto plan = plan_of<V, kStrip>(call, sizeof(Element), true);
         const Geometry geometry{divide_up(plan.threads, kChannelsLastThreads), kChannelsLastThreads,
                                 0, false};
         constexpr int P = kRowsComing<K, S>;
@@ -343,7 +343,7 @@ struct DwconvChannelsLastTile {
       constexpr int K = decltype(kernel)::value, S = decltype(stride)::value;
       with_width<Element, K>(call, [&](auto width) {
         constexpr int V = decltype(width)::value;
-        const auto plan = plan_of<V, kStrip<K>>(call, sizeof(Element), false);
+        const auto plan = plan_of<V, kStrip>(call, sizeof(Element), false);
         const Geometry geometry{divide_up(plan.threads, kChannelsLastThreads), kChannelsLastThreads,
                                 0, false};
         if (clamps(call.activation))

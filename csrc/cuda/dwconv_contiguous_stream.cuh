@@ -59,9 +59,15 @@ constexpr int kContiguousRowsComing = S == 1   ? K
                                       : K == 5 ? 3
                                                : 2;
 
+// Blocks on a multiprocessor that registers are shared out for.
+template <int K>
+constexpr int kStreamBlocks = K == 3   ? 5
+                              : K == 5 ? 3
+                                       : 2;
+
 // Left: columns of padding. V input columns a thread, V / S output columns.
 template <typename Element, int K, int S, int Left, int V, bool Clamps>
-__global__ void __launch_bounds__(kContiguousThreads)
+__global__ void __launch_bounds__(kContiguousThreads, kStreamBlocks<K>)
     dwconv_contiguous_stream(const DwconvCall call, const ContiguousStreamPlan plan) {
   constexpr int T = V / S, P = kContiguousRowsComing<K, S>;
   static_assert(kPeriod<K, S> % P == 0);
