@@ -231,7 +231,9 @@ def _dwconv_bn_act_backward_fake(dy, x, weight, scale, shift, *constants_and_wan
     *_, data, sums = constants_and_wanted
     op = "dwconv_bn_act_backward"
     _same_device(op, x, dy=dy, weight=weight, scale=scale, shift=shift)
-    dx = x.new_empty(x.shape).to(memory_format=_layout(x)) if data else x.new_empty(0)
+    dx = (
+        x.new_empty(x.shape).to(memory_format=registration.layout_of(x)) if data else x.new_empty(0)
+    )
     dweight = x.new_empty(weight.shape if sums else 0)
     dscale, dshift = (
         x.new_empty(weight.shape[0] if sums else 0, dtype=torch.float32) for _ in range(2)
