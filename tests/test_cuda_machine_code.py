@@ -27,9 +27,9 @@ def kernels() -> list[machine_code.Kernel]:
     return machine_code.measured()
 
 
-#: One slot of the stack, 8 bytes, in the 64-bit form of the backward's general kernel: the way of
+#: One slot of the stack, 8 bytes, in the 64-bit form of the backward's general kernels: the way of
 #: tensors beyond 2^31 elements.
-ONE_SLOT = re.compile(r"dwconv_backward_data_general<\w+, long>")
+ONE_SLOT = re.compile(r"dwconv_backward(_data)?_general<\w+, long>")
 
 
 def test_nothing_is_in_local_memory(kernels):
