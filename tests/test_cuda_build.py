@@ -145,7 +145,7 @@ def test_what_fails_to_load_is_a_reason_and_no_error(monkeypatch):
     def broken(name):
         raise ImportError("undefined symbol: x\n(and more)")
 
-    monkeypatch.setattr(backends.importlib, "import_module", broken)
+    monkeypatch.setattr(backends, "import_module", broken)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(backends._C, "build_info", lambda: {})
     assert backends._load_cuda() == (
