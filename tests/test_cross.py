@@ -17,23 +17,23 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    "instruction_set,compiler,emulator",
+    "target,compiler,emulator",
     [
         ("baseline", ["aarch64-linux-gnu-g++", "-static"], ["qemu-aarch64"]),
         *((name, ["clang++"], []) for name in ("baseline", "avx2", "avx512", "avx512_bf16")),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_kernels(tmp_path, instruction_set, compiler, emulator):
+def test_kernels(tmp_path, target, compiler, emulator):
     for tool in (compiler[0], *emulator):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
-    if not emulator and instruction_set not in INSTRUCTION_SETS:
-        pytest.skip(f"{platform.machine()} without {instruction_set}")
+    if not emulator and target not in INSTRUCTION_SETS:
+        pytest.skip(f"{platform.machine()} without {target}")
     program = tmp_path / "kernels"
-    sources = ["tests/cross/kernels.cpp", f"csrc/cpu/instruction_set_{instruction_set}.cpp"]
+    sources = ["tests/cross/kernels.cpp", f"csrc/cpu/instruction_set_{target}.cpp"]
     subprocess.run(
-        [*compiler, "-std=c++20", "-O2", "-Wno-psabi", f"-DMNET_ISA={instruction_set}",
+        [*compiler, "-std=c++20", "-O2", "-Wno-psabi", f"-DMNET_ISA={target}",
          "-Icsrc/cpu", *sources, "-o", program], cwd=ROOT, check=True,
     )  # fmt: skip
     done = subprocess.run([*emulator, program], capture_output=True, text=True)

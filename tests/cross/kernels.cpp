@@ -81,9 +81,12 @@ struct Buffer {
   }
 };
 
+// One rounding at the store and, before it, one for every tap, the affine and the activation's
+// steps; an activation with a constant of its own (hardsigmoid(0) is 0.5) rounds that too.
 bool same(Element e, double y, double exact, double magnitude, int64_t taps) {
   const double wide = rounding(e == Element::f64 ? e : Element::f32);
-  const double inner = static_cast<double>(taps + 8) * wide * magnitude;
+  const double inner =
+      static_cast<double>(taps + 8) * wide * std::fmax(magnitude, std::fabs(exact));
   const double smallest = e == Element::f16 ? 0x1p-25 : 0;
   return std::fabs(y - exact) <= rounding(e) * (std::fabs(exact) + inner) + inner + smallest;
 }
