@@ -12,7 +12,7 @@ from rulers import Problem, problem
 from torch import Tensor
 from torch.library import opcheck
 
-from mnet_kernels import ops
+from mnet_kernels import ops, registration
 from mnet_kernels.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -249,7 +249,7 @@ def emulated_operator(monkeypatch):
         dy, x, weight, scale, shift, stride, padding, dilation, activation, slope, data, sums
     ):
         asked.append((data, sums))
-        layout = ops._layout(x)
+        layout = registration.layout_of(x)
         constants = {
             "stride": stride, "padding": padding or "same", "dilation": dilation,
             "activation": activation, "slope": slope,
