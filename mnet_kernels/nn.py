@@ -97,7 +97,7 @@ class FusedConv2d(nn.Conv2d):
     def serving(self, device: torch.device | str, dtype: torch.dtype) -> str:
         """The backend of a fused call; "folded" where it is the native convolution of a fold."""
         if not self.is_depthwise:
-            packs = self.groups == 1 and dtype == torch.float32
+            packs = self.groups == 1 and ops.packs(dtype)
             on_cpu = self.fusion.backend in (None, "cpu") and torch.device(device).type == "cpu"
             return "cpu" if packs and on_cpu and self.fusion.free_layout else "folded"
         return _server(self.fusion.backend, str(device), dtype)[0]

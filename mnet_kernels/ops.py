@@ -6,6 +6,7 @@ choose the backend. What an operator means: reference.py.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from typing import Any
@@ -120,24 +121,36 @@ def conv_bn_act(
 
 
 def can_pack(x: Tensor, groups: int) -> bool:
-    """Whether :func:`conv_bn_act_packed` serves this input: float32 on the CPU, channels_last,
-    a dense convolution."""
+    """Whether :func:`conv_bn_act_packed` serves this input: on the CPU, channels_last, of a dtype
+    that :func:`packs` tells, a dense convolution."""
     return (
         groups == 1
         and x.is_cpu
-        and x.dtype == torch.float32
+        and packs(x.dtype)
         and x.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this machine's fastest dense convolution of the dtype is the packed one: float32,
+    and bfloat16 unless there are matrix tiles (AMX), which PyTorch's own convolution uses."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and not _has_matrix_tiles())
+
+
+@functools.cache
+def _has_matrix_tiles() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 def pack_conv_weight(weight: Tensor) -> Tensor:
     """The weight of a dense convolution as :func:`conv_bn_act_packed` reads it.
 
     Args:
-        weight: ``(C_out, C, Kh, Kw)`` float32 on the CPU, any strides.
+        weight: ``(C_out, C, Kh, Kw)`` float32 or bfloat16 on the CPU, any strides.
 
     Returns:
-        ``(ceil(C_out / 32), 1, Kh*Kw*C, 32)`` float32, the last panel filled up with zeros.
+        ``(ceil(C_out / 32), 1, Kh*Kw*C, 32)`` float32, the last panel filled up with zeros;
+        ``(ceil(C_out / 32), 1, ceil(Kh*Kw*C / 2), 64)`` bfloat16, pairs of taps side by side.
     """
     return torch.ops.mnet_kernels.pack_conv_weight.default(weight)
 
@@ -159,14 +172,14 @@ def conv_bn_act_packed(
     """:func:`conv_bn_act` on weights from :func:`pack_conv_weight`; no gradient.
 
     Args:
-        x: ``(N, C, H, W)`` float32 on the CPU; channels_last is read as it is, anything else
-            copied once.
+        x: ``(N, C, H, W)`` float32 or bfloat16 on the CPU; channels_last is read as it is,
+            anything else copied once.
         packed: from :func:`pack_conv_weight` for ``(out_channels, C, *kernel_size)``.
         scale, shift: ``(out_channels,)`` float32 or None.
 
     Returns:
-        ``(N, out_channels, OH, OW)`` float32, channels_last. Long sums are taken in pieces of
-        128 products, which keeps the rounding error at that of native.
+        ``(N, out_channels, OH, OW)``, x's dtype, channels_last. Accumulated in float32, long sums
+        in pieces of 128 products, which keeps the rounding error at that of native; rounded once.
 
     Raises:
         RuntimeError: an argument is wrong; the message names it, the expected and the actual.
@@ -255,7 +268,9 @@ def _conv_bn_act_packed_fake(
 @torch.library.register_fake("mnet_kernels::pack_conv_weight")
 def _pack_conv_weight_fake(weight):
     out_channels, *taps = weight.shape
-    return weight.new_empty((-(-out_channels // 32), 1, math.prod(taps), 32))
+    in_step = 2 if weight.dtype == torch.bfloat16 else 1
+    steps = -(-math.prod(taps) // in_step)
+    return weight.new_empty((-(-out_channels // 32), 1, steps, 32 * in_step))
 
 
 def _output_size(x, weight, stride, pad, dilation):

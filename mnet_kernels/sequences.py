@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -70,7 +71,7 @@ class _Runner:
         if recorded() or not self._serves(x):
             return None
         sources: list[Tensor] = []
-        constants = []
+        constants: list[Any] = [x.dtype]
         for conv in self.convs:
             fusion = conv.fusion
             norm = fusion.norm
@@ -88,7 +89,9 @@ class _Runner:
             return None
         kept = self._kept
         if kept is None or kept[0] != constants or not kept[1].holds(sources):
-            if any(t.dtype != torch.float32 or not t.is_cpu for t in sources):
+            if any(t.dtype not in (torch.float32, x.dtype) or not t.is_cpu for t in sources) or any(
+                cast(Tensor, conv._parameters["weight"]).dtype != x.dtype for conv in self.convs
+            ):
                 return None
             kept = self._kept = (constants, Snapshot(sources), *self._pack())
         return _conv_sequence(x, *kept[2:])
@@ -96,7 +99,7 @@ class _Runner:
     def _serves(self, x: Any) -> bool:
         return (
             type(x) is Tensor
-            and x.dtype == torch.float32
+            and ops.packs(x.dtype)
             and x.is_cpu
             and x.dim() == 4
             and x.numel() > 0
@@ -125,9 +128,9 @@ class _Runner:
                 *conv.dilation, *edges, names.index(fusion.activation), residual, offset,
             ])  # fmt: skip
             for values in _flat(conv):
-                parts.append(values)
-                parts.append(values.new_zeros(-len(values) % 16))
-                offset += len(values) + len(parts[-1])
+                cells = F.pad(values, (0, -values.nbytes % 64 // values.itemsize))
+                parts.append(cells.view(torch.float32))
+                offset += len(parts[-1])
             parts.append(torch.tensor([fusion.slope] + [0.0] * 15))
             offset += 16
         return torch.tensor(rows), torch.cat(parts)
@@ -141,10 +144,13 @@ def _flat(conv: FusedConv2d) -> Iterator[Tensor]:
     weight, channels = conv.weight.detach(), conv.out_channels
     if conv.groups == 1:
         weight = ops.pack_conv_weight(weight)
-        channels = weight.shape[0] * weight.shape[3]
+        channels = weight.shape[0] * 32
+        yield weight.flatten()
     else:
-        weight = weight.permute(2, 3, 1, 0)
-    yield weight.flatten()
+        weight = weight.permute(2, 3, 1, 0).flatten()
+        yield weight.float()
+        if weight.dtype != torch.float32:  # some kernels want it so
+            yield weight
     fills = (1.0, 0.0)
     for given, fill in zip(fold(torch.float32, conv.bias, conv.fusion.norm), fills, strict=True):
         values = torch.full((channels,), fill)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rulers import ROUNDING
 from torch import Tensor
 
 from mnet_kernels import ops
@@ -29,9 +30,12 @@ CASES = [
 ]
 
 
-def tensors(shape, outputs, kernel) -> tuple[Tensor, ...]:
-    x = torch.randn(shape).to(memory_format=torch.channels_last)
-    weight = torch.randn(outputs, shape[1], kernel, kernel)
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def tensors(shape, outputs, kernel, dtype=torch.float32) -> tuple[Tensor, ...]:
+    x = torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)
+    weight = torch.randn(outputs, shape[1], kernel, kernel).to(dtype)
     return x, weight, torch.rand(outputs) + 0.5, torch.randn(outputs)
 
 
@@ -46,24 +50,29 @@ def check(x, weight, scale, shift, y, **constants) -> None:
     assert y.is_contiguous(memory_format=torch.channels_last)
     taps = weight[0].numel()
     # A sum of n terms in pieces of 128: at most 128 + n / 128 roundings.
-    allowed = (min(taps, 128 + taps / 128) + 8) * 2.0**-24 * magnitude + 2.0**-24 * exact.abs()
+    inner = (min(taps, 128 + taps / 128) + 8) * 2.0**-24 * magnitude
+    allowed = inner + ROUNDING[x.dtype] * (exact.abs() + inner)
+    assert y.dtype == x.dtype
     assert ((y.double() - exact).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("shape,outputs,kernel,constants", CASES, ids=str)
 @pytest.mark.parametrize("activation", ["relu6", "silu"])
-def test_packed(instruction_set, shape, outputs, kernel, constants, activation):
-    x, weight, scale, shift = tensors(shape, outputs, kernel)
+@both_dtypes
+def test_packed(instruction_set, shape, outputs, kernel, constants, activation, dtype):
+    x, weight, scale, shift = tensors(shape, outputs, kernel, dtype)
     constants = constants | {"activation": activation}
     check(
         x, weight, scale, shift, ops.conv_bn_act(x, weight, scale, shift, **constants), **constants
     )
 
 
-def test_one_hot_inputs_find_every_index_error(instruction_set):
-    weight = torch.arange(1.0, 40 * 18 * 9 + 1).reshape(40, 18, 3, 3)
-    for c, h, w in [(0, 0, 0), (17, 6, 8), (5, 3, 8), (9, 6, 0)]:
-        x = torch.zeros(1, 18, 7, 9).to(memory_format=torch.channels_last)
+@both_dtypes
+def test_one_hot_inputs_find_every_index_error(instruction_set, dtype):
+    values = 40 * 17 * 9 if dtype == torch.float32 else 251  # bfloat16 holds whole numbers to 256
+    weight = (torch.arange(40 * 17 * 9) % values + 1.0).to(dtype).reshape(40, 17, 3, 3)
+    for c, h, w in [(0, 0, 0), (16, 6, 8), (5, 3, 8), (9, 6, 0)]:
+        x = torch.zeros(1, 17, 7, 9, dtype=dtype).to(memory_format=torch.channels_last)
         x[0, c, h, w] = 1
         call = dict(stride=2, padding=1, activation="identity")
         assert torch.equal(
@@ -71,9 +80,10 @@ def test_one_hot_inputs_find_every_index_error(instruction_set):
         )
 
 
-def test_results_beyond_the_caches(instruction_set):
+@both_dtypes
+def test_results_beyond_the_caches(instruction_set, dtype):
     """Many blocks of pixels, prefetched one ahead."""
-    x, weight, scale, shift = tensors((5, 32, 225, 226), 64, 1)
+    x, weight, scale, shift = tensors((5, 32, 225, 226), 64, 1, dtype)
     y = ops.conv_bn_act(x, weight, scale, shift)
     check(x[-1:], weight, scale, shift, y[-1:], activation="relu")
     assert torch.equal(y[:1], ops.conv_bn_act(x[:1], weight, scale, shift))
@@ -84,9 +94,10 @@ def test_without_scale_and_shift():
     check(x, weight, None, None, ops.conv_bn_act(x, weight), activation="relu")
 
 
-def test_threads_share_the_work_without_a_trace():
+@both_dtypes
+def test_threads_share_the_work_without_a_trace(dtype):
     before = torch.get_num_threads()
-    calls = [tensors(*case[:3]) for case in CASES]
+    calls = [tensors(*case[:3], dtype) for case in CASES]
     try:
         torch.set_num_threads(3)
         results = [ops.conv_bn_act(*call) for call in calls]
@@ -98,10 +109,11 @@ def test_threads_share_the_work_without_a_trace():
         torch.set_num_threads(before)
 
 
-def test_no_less_accurate_than_native():
+@both_dtypes
+def test_no_less_accurate_than_native(dtype):
     ours = native = 0.0
     for shape, outputs, kernel, constants in CASES:
-        args = tensors(shape, outputs, kernel)
+        args = tensors(shape, outputs, kernel, dtype)
         exact = ops.conv_bn_act(*(t.double() for t in args), **constants, backend="native")
         for backend in ("cpu", "native"):
             error = (ops.conv_bn_act(*args, **constants, backend=backend) - exact).abs().mean()
@@ -114,7 +126,7 @@ def test_no_less_accurate_than_native():
     [
         (torch.float32, 1, torch.contiguous_format),
         (torch.float32, 2, torch.channels_last),
-        (torch.bfloat16, 1, torch.channels_last),
+        (torch.float16, 1, torch.channels_last),
         (torch.float64, 1, torch.channels_last),
     ],
 )
@@ -124,6 +136,14 @@ def test_everything_else_is_native(dtype, groups, layout):
     assert not ops.can_pack(x, groups)
     y = ops.conv_bn_act(x, weight, padding=1, groups=groups)
     assert torch.equal(y, torch.relu(torch.nn.functional.conv2d(x, weight, None, 1, 1, 1, groups)))
+
+
+def test_bfloat16_is_left_to_native_where_it_has_matrix_tiles(monkeypatch):
+    x = torch.randn(1, 8, 4, 4).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    assert ops.can_pack(x, 1)
+    monkeypatch.setattr(ops, "_has_matrix_tiles", lambda: True)
+    assert not ops.can_pack(x, 1)
+    assert ops.can_pack(x.float(), 1)
 
 
 def test_gradients_flow():

@@ -1,4 +1,5 @@
-// conv_bn_act on the CPU: a dense convolution with packed weights, one pass with its epilogue.
+// conv_bn_act on the CPU: a dense convolution with packed weights, one pass with its epilogue;
+// float32 and bfloat16.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -23,33 +24,49 @@ const float* per_panel(const std::optional<Tensor>& t, int64_t K, float fill,
   return memory.data();
 }
 
-}  // namespace
-
-// weight (C_out, C_in, Kh, Kw) as panels [panel][kh][kw][C_in][32 channels].
-Tensor pack_conv_weight(Tensor weight) {
-  const TensorFacts facts = facts_of(weight);
-  if (facts.dim != 4 || facts.dtype != DType::float32 || !weight.is_cpu())
-    check::fail("pack_conv_weight", "weight", "a float32 CPU tensor of shape (C_out, C_in, Kh, Kw)",
-                std::string(facts.dtype_name) + " of " + check::shape(facts) + " on " +
-                    check::device(facts));
+template <typename T, int64_t TapsInStep>
+void pack(const Tensor& weight, const Tensor& packed) {
   const int64_t K = weight.size(0), C = weight.size(1), KH = weight.size(2), KW = weight.size(3);
-  const int64_t taps = KH * KW * C;
-  Tensor packed = empty_4d(weight, panels_of(K), 1, taps, kPanel, Layout::contiguous);
-  auto* to = static_cast<float*>(packed.mutable_data_ptr());
-  const auto* from = static_cast<const float*>(weight.const_data_ptr());
+  const int64_t taps = KH * KW * C, steps = packed.size(2);
+  auto* to = static_cast<T*>(packed.mutable_data_ptr());
+  const auto* from = static_cast<const T*>(weight.const_data_ptr());
   const auto stride = weight.strides();
   torch::stable::parallel_for(0, panels_of(K), 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel)
       for (int64_t i = 0; i < kPanel; ++i) {
         const int64_t k = panel * kPanel + i;
-        float* column = to + panel * taps * kPanel + i;
-        for (int64_t t = 0; t < taps; ++t) {
+        T* column = to + (panel * steps * kPanel + i) * TapsInStep;
+        for (int64_t t = 0; t < steps * TapsInStep; ++t) {
           const int64_t c = t % C, kw = t / C % KW, kh = t / C / KW;
-          column[t * kPanel] =
-              k >= K ? 0.0f : from[k * stride[0] + c * stride[1] + kh * stride[2] + kw * stride[3]];
+          column[t / TapsInStep * kPanel * TapsInStep + t % TapsInStep] =
+              k >= K || t >= taps
+                  ? T(0)
+                  : from[k * stride[0] + c * stride[1] + kh * stride[2] + kw * stride[3]];
         }
       }
   });
+}
+
+}  // namespace
+
+// weight (C_out, C_in, Kh, Kw) as panels [panel][step][32 channels], the taps of a channel in the
+// order kh, kw, C_in: a step is one tap in float32, a pair of taps side by side in bfloat16.
+Tensor pack_conv_weight(Tensor weight) {
+  const TensorFacts facts = facts_of(weight);
+  const bool pairs = facts.dtype == DType::bfloat16;
+  if (facts.dim != 4 || !(pairs || facts.dtype == DType::float32) || !weight.is_cpu())
+    check::fail("pack_conv_weight", "weight",
+                "a float32 or bfloat16 CPU tensor of shape (C_out, C_in, Kh, Kw)",
+                std::string(facts.dtype_name) + " of " + check::shape(facts) + " on " +
+                    check::device(facts));
+  const int64_t K = weight.size(0), C = weight.size(1), KH = weight.size(2), KW = weight.size(3);
+  const int64_t taps = KH * KW * C, steps = pairs ? (taps + 1) / 2 : taps;
+  Tensor packed =
+      empty_4d(weight, panels_of(K), 1, steps, pairs ? 2 * kPanel : kPanel, Layout::contiguous);
+  if (pairs)
+    pack<std::uint16_t, 2>(weight, packed);
+  else
+    pack<float, 1>(weight, packed);
   return packed;
 }
 
@@ -70,13 +87,13 @@ Tensor conv_bn_act_packed(Tensor x, Tensor packed, std::optional<Tensor> scale,
                       {std::move(stride), std::move(padding), std::move(dilation),
                        std::move(activation), slope, 1});
   const int64_t taps = p.KH * p.KW * p.C;
-  if (p.dtype != DType::float32) check::fail("conv_bn_act", "x", "float32", x_facts.dtype_name);
-  if (packed.numel() != panels_of(p.K) * taps * kPanel || !packed.is_contiguous())
+  if (p.dtype != DType::float32 && p.dtype != DType::bfloat16)
+    check::fail("conv_bn_act", "x", "float32 or bfloat16", x_facts.dtype_name);
+  const int64_t values = packed_bytes(p) / (p.dtype == DType::bfloat16 ? 2 : 4);
+  if (packed.numel() != values || !packed.is_contiguous())
     check::fail("conv_bn_act", "packed",
-                check::join(panels_of(p.K) * taps * kPanel,
-                            " contiguous values from "
-                            "pack_conv_weight for ",
-                            p.K, " channels of ", taps, " taps"),
+                check::join(values, " contiguous values from pack_conv_weight for ", p.K,
+                            " channels of ", taps, " taps"),
                 check::join(packed.numel(), " values"));
   const Tensor input = dense(x, Layout::channels_last);
   Tensor y = empty_4d(x, p.N, p.K, p.OH, p.OW, Layout::channels_last);

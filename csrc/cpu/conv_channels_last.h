@@ -1,39 +1,103 @@
-// Dense convolution (one group), channels_last float32, as a matrix product: pixels x taps times
-// taps x output channels, with the epilogue in registers.
+// Dense convolution (one group), channels_last, float32 or bfloat16, as a matrix product: pixels x
+// taps times taps x output channels, with the epilogue in registers.
 //
 // A tile of up to kTilePixels x 2 vectors of output channels is accumulated in registers over all
-// taps: per tap 2 loads of weights and one broadcast a pixel. A 1x1 kernel reads the image in
+// taps: per step 2 loads of weights and one broadcast a pixel. A 1x1 kernel reads the image in
 // place; any other gathers its patches into scratch first. Weights come packed by pack_conv_weight:
-// panels of kPanel output channels, [panel][tap][channel], zero-filled at the end.
-// Included once per instruction set (see instruction_set.inc).
+// panels of kPanel output channels, [panel][step][channel], zero-filled at the end, a step being
+// one tap in float32 and a pair of taps in bfloat16. Included once per instruction set (see
+// instruction_set.inc).
 
 // 2 vectors wide, as many pixels as leave registers for two vectors of weights and a broadcast.
 constexpr int kTilePixels = kRegisters >= 32 ? 14 : 6;
 constexpr int64_t kPiece = 128;
 
-// P pixels, `Vectors` vectors of a panel from column `column` on.
-template <int P, int Vectors>
-MNET_INLINE void conv_tile(const ConvCall& call, const float* patches, int64_t patch_stride,
-                           const float* panel, int64_t channel, float* y, int lanes_in_last,
-                           Clamp<float> clamp) {
-  constexpr int V = kWidth<float>;
+// A vector of weights, and how a pixel's patch is multiplied by it. Products of bfloat16 are exact
+// in float32, where all sums are taken.
+template <typename Elem>
+struct Step;
+template <>
+struct Step<float> {
+  using Patch = float;
+  static constexpr int kTaps = 1;
+  using In = float;
+  Vector<float> weight;
+  inline __attribute__((always_inline)) explicit Step(const void* from)
+      : weight(load(static_cast<const float*>(from))) {}
+  inline __attribute__((always_inline)) static In take(const Patch* patch) { return *patch; }
+  inline __attribute__((always_inline)) void add(Vector<float>& sum, In in) const {
+    sum += weight * in;
+  }
+};
+template <>
+struct Step<bf16> {
+  static constexpr int kTaps = 2;
+#if defined(MNET_AVX512_BF16)
+  using Patch = bf16;
+  using In = __m512i;
+  __m512i weight;
+  inline __attribute__((always_inline)) explicit Step(const void* from)
+      : weight(_mm512_loadu_si512(from)) {}
+  inline __attribute__((always_inline)) static In take(const Patch* patch) {
+    return _mm512_set1_epi32(load_bits<int>(patch));
+  }
+  inline __attribute__((always_inline)) void add(Vector<float>& sum, In in) const {
+    sum = (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)in, (__m512bh)weight);
+  }
+#else
+  using Patch = float;  // converted as it is gathered
+  struct In {
+    float first, second;
+  };
+  Vector<float> first, second;
+  inline __attribute__((always_inline)) explicit Step(const void* from) {
+    const auto pairs = load_bits<VectorU32>(from);
+    first = bit_cast<Vector<float> >(pairs << 16);
+    second = bit_cast<Vector<float> >(pairs & 0xffff0000u);
+  }
+  inline __attribute__((always_inline)) static In take(const Patch* patch) {
+    return {patch[0], patch[1]};
+  }
+  inline __attribute__((always_inline)) void add(Vector<float>& sum, In in) const {
+    sum += first * in.first;
+    sum += second * in.second;
+  }
+#endif
+};
+constexpr int64_t kStepBytes = 4;
+template <typename Elem>
+using Patch = typename Step<Elem>::Patch;
+// Taps filled up to whole steps.
+template <typename Elem>
+MNET_INLINE int64_t steps_of(const ConvCall& call) {
+  return (call.taps + Step<Elem>::kTaps - 1) / Step<Elem>::kTaps;
+}
+
+// P pixels, `Vectors` vectors of a panel from `weight`'s column on.
+template <typename Elem, int P, int Vectors>
+static void conv_tile(const ConvCall& call, const Patch<Elem>* patches, int64_t patch_stride,
+                      const char* weight, int64_t channel, Elem* y, int lanes_in_last,
+                      Clamp<float> clamp) {
+  constexpr int V = kWidth<float>, kTaps = Step<Elem>::kTaps;
   Vector<float> sum[P][Vectors] = {};
   // Long sums are taken in pieces, which are then added up: rounding errors grow with the square
   // root of a piece instead of the whole.
   Vector<float> total[P][Vectors];
+  const int64_t steps = steps_of<Elem>(call);
   int64_t k = 0;
   for (;;) {
-    const int64_t k_end = call.taps - k > kPiece ? k + kPiece : call.taps;
-    const bool first = k == 0, last = k_end == call.taps;
+    const int64_t k_end = steps - k > kPiece / kTaps ? k + kPiece / kTaps : steps;
+    const bool first = k == 0, last = k_end == steps;
     for (; k < k_end; ++k) {
-      Vector<float> w[Vectors];
-#pragma GCC unroll 16
-      for (int v = 0; v < Vectors; ++v) w[v] = load(panel + k * kPanel + v * V);
+      auto weights = [&](int v) __attribute__((always_inline)) {
+        return Step<Elem>(weight + (k * kPanel + v * V) * kStepBytes);
+      };
+      const Step<Elem> w[2] = {weights(0), weights(Vectors - 1)};
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
-        const float in = patches[p * patch_stride + k];
+        const auto in = Step<Elem>::take(patches + p * patch_stride + k * kTaps);
 #pragma GCC unroll 16
-        for (int v = 0; v < Vectors; ++v) sum[p][v] += w[v] * in;
+        for (int v = 0; v < Vectors; ++v) w[v].add(sum[p][v], in);
       }
     }
     if (first && last) break;
@@ -62,62 +126,66 @@ MNET_INLINE void conv_tile(const ConvCall& call, const float* patches, int64_t p
 #pragma GCC unroll 16
     for (int v = 0; v < Vectors; ++v) {
       Vector<float> out = at_most<float>(at_least<float>(sum[p][v], clamp.low), clamp.high);
+      Elem* to = y + p * call.K + v * V;
       const bool partial = v == Vectors - 1 && lanes_in_last < V;
       if (call.residual) {
-        const float* add = static_cast<const float*>(call.residual) +
-                           (y - static_cast<float*>(call.y)) + p * call.K + v * V;
-        out += partial ? load_first(add, lanes_in_last) : load(add);
+        const Elem* add =
+            static_cast<const Elem*>(call.residual) + (to - static_cast<Elem*>(call.y));
+        // Both parts of the sum have x's type, as they have one after the other.
+        out = rounded<Elem>(out) + (partial ? load_first(add, lanes_in_last) : load(add));
       }
       if (partial)
-        store_first(y + p * call.K + v * V, out, lanes_in_last);
-      else if (kStreams && call.stream)
-        stream(y + p * call.K + v * V, out);
+        store_first(to, out, lanes_in_last);
+      else if (kStreams && sizeof(Elem) == 4 && call.stream)
+        stream(reinterpret_cast<float*>(to), out);
       else
-        store(y + p * call.K + v * V, out);
+        store(to, out);
     }
 }
 
-using ConvTile = void (*)(const ConvCall&, const float*, int64_t, const float*, int64_t, float*,
+template <typename Elem>
+using ConvTile = void (*)(const ConvCall&, const Patch<Elem>*, int64_t, const char*, int64_t, Elem*,
                           int, Clamp<float>);
-template <int P, int Vectors>
-static void conv_tile_of(const ConvCall& call, const float* patches, int64_t patch_stride,
-                         const float* panel, int64_t channel, float* y, int lanes_in_last,
-                         Clamp<float> clamp) {
-  conv_tile<P, Vectors>(call, patches, patch_stride, panel, channel, y, lanes_in_last, clamp);
-}
-// By pixels - 1 and vectors - 1; a narrow register file has the first six rows only.
+// By vectors - 1 and pixels - 1; a narrow register file has the first six only.
 #if MNET_REGISTERS >= 32
-#define MNET_ROWS(V)                                                                     \
-  conv_tile_of<1, V>, conv_tile_of<2, V>, conv_tile_of<3, V>, conv_tile_of<4, V>,        \
-      conv_tile_of<5, V>, conv_tile_of<6, V>, conv_tile_of<7, V>, conv_tile_of<8, V>,    \
-      conv_tile_of<9, V>, conv_tile_of<10, V>, conv_tile_of<11, V>, conv_tile_of<12, V>, \
-      conv_tile_of<13, V>, conv_tile_of<14, V>
+#define MNET_TILES(V)                                                                             \
+  conv_tile<Elem, 1, V>, conv_tile<Elem, 2, V>, conv_tile<Elem, 3, V>, conv_tile<Elem, 4, V>,     \
+      conv_tile<Elem, 5, V>, conv_tile<Elem, 6, V>, conv_tile<Elem, 7, V>, conv_tile<Elem, 8, V>, \
+      conv_tile<Elem, 9, V>, conv_tile<Elem, 10, V>, conv_tile<Elem, 11, V>,                      \
+      conv_tile<Elem, 12, V>, conv_tile<Elem, 13, V>, conv_tile<Elem, 14, V>
 #else
-#define MNET_ROWS(V)                                                              \
-  conv_tile_of<1, V>, conv_tile_of<2, V>, conv_tile_of<3, V>, conv_tile_of<4, V>, \
-      conv_tile_of<5, V>, conv_tile_of<6, V>
+#define MNET_TILES(V)                                                                         \
+  conv_tile<Elem, 1, V>, conv_tile<Elem, 2, V>, conv_tile<Elem, 3, V>, conv_tile<Elem, 4, V>, \
+      conv_tile<Elem, 5, V>, conv_tile<Elem, 6, V>
 #endif
-static constexpr ConvTile kConvTiles[2][kTilePixels] = {{MNET_ROWS(1)}, {MNET_ROWS(2)}};
-#undef MNET_ROWS
+template <typename Elem>
+static constexpr ConvTile<Elem> kConvTiles[2][kTilePixels] = {{MNET_TILES(1)}, {MNET_TILES(2)}};
+#undef MNET_TILES
 
-MNET_INLINE void copy_floats(float* to, const float* from, int64_t n) {
+// n values from the image to a patch, in the patch's type.
+template <typename To, typename From>
+MNET_INLINE void copy_values(To* to, const From* from, int64_t n) {
   constexpr int V = kWidth<float>;
-  int64_t i = 0;
-  for (; i + V <= n; i += V) store(to + i, load(from + i));
-  if (i < n)
-    store_first(to + i, load_first(from + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+  if constexpr (sizeof(To) == sizeof(From)) {
+    for (; n >= V; n -= V, to += V, from += V) __builtin_memcpy(to, from, V * sizeof(To));
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  } else {
+    for (; n >= V; n -= V, to += V, from += V) store(to, load(from));
+    if (n > 0) store_first(to, load_first(from, static_cast<int>(n)), static_cast<int>(n));
+  }
 }
 
-// The patches of pixels [begin, begin + count), one row each, `stride` floats apart.
-static void gather_patches(const ConvCall& call, int64_t begin, int64_t count, float* to,
+// The patches of pixels [begin, begin + count), one row each, `stride` values apart.
+template <typename Elem>
+static void gather_patches(const ConvCall& call, int64_t begin, int64_t count, Patch<Elem>* to,
                            int64_t stride) {
   // Without dilation a row of the kernel is one run of the image, cut by its borders.
   const int64_t step = call.DW == 1 ? call.KW : 1;
   int64_t ow = begin % call.OW, oh = begin / call.OW % call.OH, n = begin / call.OW / call.OH;
   for (int64_t p = 0; p < count; ++p, to += stride) {
-    const float* image = static_cast<const float*>(call.x) + n * call.H * call.W * call.C;
+    const Elem* image = static_cast<const Elem*>(call.x) + n * call.H * call.W * call.C;
     const int64_t iw = ow * call.SW - call.left;
-    float* out = to;
+    Patch<Elem>* out = to;
     for (int64_t kh = 0; kh < call.KH; ++kh) {
       const int64_t ih = oh * call.SH - call.top + kh * call.DH;
       for (int64_t kw = 0; kw < call.KW; kw += step, out += step * call.C) {
@@ -126,44 +194,63 @@ static void gather_patches(const ConvCall& call, int64_t begin, int64_t count, f
         const int64_t fit = call.W - at < step ? call.W - at : step;
         const bool inside = ih >= 0 && ih < call.H && skip < fit;
         if (!inside || skip > 0 || fit < step)
-          for (int64_t c = 0; c < step * call.C; ++c) out[c] = 0;
+          for (int64_t c = 0; c < step * call.C; ++c) out[c] = Patch<Elem>{};
         if (inside)
-          copy_floats(out + skip * call.C, image + (ih * call.W + at + skip) * call.C,
+          copy_values(out + skip * call.C, image + (ih * call.W + at + skip) * call.C,
                       (fit - skip) * call.C);
       }
     }
+    if (call.taps % Step<Elem>::kTaps) *out = Patch<Elem>{};  // fills the last step up
     if (++ow < call.OW) continue;
     ow = 0;
     if (++oh == call.OH) oh = 0, ++n;
   }
 }
 
-// Rows of patches that all start in the same few sets of the first-level cache evict one another.
-MNET_INLINE bool rows_collide(int64_t stride) { return stride % 1024 == 0; }
+template <typename Elem>
+MNET_INLINE bool rows_collide(int64_t stride) {
+  return stride * static_cast<int64_t>(sizeof(Patch<Elem>)) % 4096 == 0;
+}
+// Whether the image is read in place. Rows of patches that all start in the same few sets of the
+// first-level cache would evict one another.
+template <typename Elem>
+MNET_INLINE bool reads_in_place(const ConvCall& call) {
+  return call.pointwise && sizeof(Patch<Elem>) == sizeof(Elem) &&
+         call.taps % Step<Elem>::kTaps == 0 && !rows_collide<Elem>(call.taps);
+}
+// Values from one gathered patch to the next.
+template <typename Elem>
+MNET_INLINE int64_t gathered_stride(const ConvCall& call) {
+  const int64_t taps = steps_of<Elem>(call) * Step<Elem>::kTaps;
+  return taps + (rows_collide<Elem>(taps) ? 64 / static_cast<int64_t>(sizeof(Patch<Elem>)) : 0);
+}
 
-static void conv_channels_last(const ConvCall& call, int64_t begin, int64_t end, void* scratch) {
+template <typename Elem>
+static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scratch) {
   constexpr int V = kWidth<float>;
   const Clamp<float> clamp = clamp_of<float>(call.activation);
   const int64_t pixels = call.N * call.OH * call.OW;
+  const bool in_place = reads_in_place<Elem>(call);
+  const int64_t stride = in_place ? call.C : gathered_stride<Elem>(call);
+  const int64_t panel_bytes = steps_of<Elem>(call) * kPanel * kStepBytes;
   int64_t gathered = -1;  // the block that scratch holds
   for (int64_t task = begin; task < end; ++task) {
     const int64_t block = task / call.channel_blocks, channels = task % call.channel_blocks;
     const int64_t first = block * pixels / call.pixel_blocks;
     const int64_t count = (block + 1) * pixels / call.pixel_blocks - first;
-    const float* patches = static_cast<const float*>(call.x) + first * call.C;
-    int64_t stride = call.C;
-    if (!call.pointwise || rows_collide(stride)) {
-      stride = call.taps + (rows_collide(call.taps) ? 16 : 0);
-      patches = static_cast<const float*>(scratch);
+    const Elem* image = static_cast<const Elem*>(call.x) + first * call.C;
+    const auto* patches = reinterpret_cast<const Patch<Elem>*>(image);
+    if (!in_place) {
+      patches = static_cast<const Patch<Elem>*>(scratch);
       if (gathered != block)
-        gather_patches(call, first, count, static_cast<float*>(scratch), stride);
+        gather_patches<Elem>(call, first, count, static_cast<Patch<Elem>*>(scratch), stride);
       gathered = block;
     }
     const int64_t tiles = (count + kTilePixels - 1) / kTilePixels;
     const int64_t panels = (call.K + kPanel - 1) / kPanel;
     const int64_t panel_end = (channels + 1) * panels / call.channel_blocks;
     for (int64_t panel = channels * panels / call.channel_blocks; panel < panel_end; ++panel) {
-      const auto* weight = static_cast<const float*>(call.weight) + panel * call.taps * kPanel;
+      const char* weight = static_cast<const char*>(call.weight) + panel * panel_bytes;
       const int64_t columns = call.K - panel * kPanel < kPanel ? call.K - panel * kPanel : kPanel;
       for (int64_t column = 0; column < columns; column += 2 * V) {
         const int lanes = static_cast<int>(columns - column < 2 * V ? columns - column : 2 * V);
@@ -172,11 +259,11 @@ static void conv_channels_last(const ConvCall& call, int64_t begin, int64_t end,
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t from = tile * count / tiles, to = (tile + 1) * count / tiles;
           if (panel == 0 && column == 0 && call.pointwise)  // the same pixels of the next block
-            prefetch(static_cast<const float*>(call.x) + (first + count + from) * call.C,
-                     (to - from) * call.C * static_cast<int64_t>(sizeof(float)));
-          kConvTiles[vectors - 1][to - from - 1](
-              call, patches + from * stride, stride, weight + column, channel,
-              static_cast<float*>(call.y) + (first + from) * call.K + channel, last, clamp);
+            prefetch(image + (count + from) * call.C,
+                     (to - from) * call.C * static_cast<int64_t>(sizeof(Elem)));
+          kConvTiles<Elem>[vectors - 1][to - from - 1](
+              call, patches + from* stride, stride, weight + column* kStepBytes, channel,
+              static_cast<Elem*>(call.y) + (first + from)* call.K + channel, last, clamp);
         }
       }
     }
@@ -184,8 +271,19 @@ static void conv_channels_last(const ConvCall& call, int64_t begin, int64_t end,
   if (call.stream) drain_streams();
 }
 
-static int64_t conv_channels_last_scratch(const ConvCall& call) {
+static void conv_channels_last(const ConvCall& call, int64_t begin, int64_t end, void* scratch) {
+  if (call.element == Element::bf16) return convolve<bf16>(call, begin, end, scratch);
+  convolve<float>(call, begin, end, scratch);
+}
+
+template <typename Elem>
+static int64_t scratch_of(const ConvCall& call) {
   const int64_t pixels = call.N * call.OH * call.OW;
   const int64_t block = (pixels + call.pixel_blocks - 1) / call.pixel_blocks + 1;
-  return call.pointwise && !rows_collide(call.C) ? 0 : block * (call.taps + 16);
+  return reads_in_place<Elem>(call)
+             ? 0
+             : block * gathered_stride<Elem>(call) * static_cast<int64_t>(sizeof(Patch<Elem>));
+}
+static int64_t conv_channels_last_scratch(const ConvCall& call) {
+  return call.element == Element::bf16 ? scratch_of<bf16>(call) : scratch_of<float>(call);
 }

@@ -1,9 +1,11 @@
-// Convolutions one after the other, float32 channels_last, as one call: what passes between them
-// stays in memory that is used again for every image and every call.
+// Convolutions one after the other, channels_last, float32 or bfloat16, as one call: what passes
+// between them stays in memory that is used again for every image and every call.
 //
-// With at least one image a thread, every thread takes its images through all stages by itself:
-// an image's maps stay in the caches, and threads meet once. The images left over go through
-// together, all threads working on each stage.
+// A depthwise convolution and the 1x1 convolution that follows it go through band by band: the
+// depthwise rows of a band stay in a buffer in the second-level cache and are the matrix of the
+// product. With at least one image a thread, every thread takes its images through all stages by
+// itself, and threads meet once. The images left over go through together, all threads working on
+// each stage or pair of stages.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -11,6 +13,7 @@
 #include <vector>
 
 #include "../tensor.h"
+#include "active.h"
 #include "launch.h"
 #include "memory.h"
 
@@ -18,28 +21,34 @@ namespace mnet::cpu {
 namespace {
 
 constexpr const char* kOp = "conv_sequence";
-constexpr int64_t kColumns = 16, kAlign = 16;  // kAlign in floats: a cache line
+constexpr int64_t kColumns = 16, kAlign = 16, kLine = 64;  // a cache line in floats, in bytes
 
 struct Stage {
   Problem p;  // of one image
   bool dense;
   int64_t residual;  // the value that is added to the result, or -1
   const float *weight, *scale, *shift;
-  int64_t slot = -1;  // where the result goes; the last one is the caller's
+  const float* own_weight;   // depthwise bfloat16: the weight in that type
+  bool feeds_block = false;  // with the next stage, which is the only one to read the result
+  int64_t slot = -1;         // where the result goes; the last one is the caller's
 };
 
 // Value 0 is x, value i + 1 the result of stage i.
 struct Sequence {
   std::vector<Stage> stages;
-  std::vector<int64_t> slots;  // sizes in floats, of one image
+  std::vector<int64_t> slots;  // sizes in bytes, of one image
   int64_t image = 0;           // the sum of slots
 };
 
 int64_t aligned(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
+int64_t size_of(DType dtype) { return dtype == DType::bfloat16 ? 2 : 4; }
 
 // A row of `stages`: dense, C, K, KH, KW, SH, SW, DH, DW, top, left, bottom, right (top = -1: as
-// TensorFlow's "same"), activation, residual, offset in `constants`.
-Stage stage_of(const int64_t* row, int64_t H, int64_t W, const float* constants, int64_t count) {
+// TensorFlow's "same"), activation, residual, offset in `constants`. There lie, each on its own
+// cache lines: the weight (packed, or in float32 by tap; in bfloat16 depthwise ones once more in
+// bfloat16, for kernels that want them so), scale, shift, slope.
+Stage stage_of(const int64_t* row, DType dtype, int64_t H, int64_t W, const float* constants,
+               int64_t count) {
   auto expect = [&](bool good, const char* what) {
     if (!good) check::fail(kOp, "stages", what, check::show(row, kColumns));
   };
@@ -49,7 +58,7 @@ Stage stage_of(const int64_t* row, int64_t H, int64_t W, const float* constants,
   p.N = 1, p.C = row[1], p.H = H, p.W = W, p.K = row[2], p.KH = row[3], p.KW = row[4];
   p.SH = row[5], p.SW = row[6], p.DH = row[7], p.DW = row[8];
   p.top = row[9], p.left = row[10], p.bottom = row[11], p.right = row[12];
-  p.dtype = DType::float32;
+  p.dtype = dtype;
   for (int i = 1; i < 9; ++i)
     expect(row[i] > 0 && row[i] < int64_t{1} << 31, "positive sizes, strides and dilations");
   if (p.top == -1) {
@@ -73,16 +82,21 @@ Stage stage_of(const int64_t* row, int64_t H, int64_t W, const float* constants,
   p.OH = room_h / p.SH + 1, p.OW = room_w / p.SW + 1;
 
   const int64_t channels = stage.dense ? panels_of(p.K) * kPanel : p.K;
-  const int64_t weights = p.KH * p.KW * (stage.dense ? p.C : 1) * channels;
-  const int64_t size = aligned(weights) + 2 * aligned(channels) + 1;
+  const int64_t weights = stage.dense ? packed_bytes(p) / 4 : p.KH * p.KW * p.K;
+  const bool twice = !stage.dense && dtype == DType::bfloat16;
+  const int64_t own = twice ? (weights + 1) / 2 : 0;
+  const int64_t size = aligned(weights) + aligned(own) + 2 * aligned(channels) + 1;
   expect(row[15] >= 0 && row[15] <= count - size, "an offset that lies within the constants");
   stage.weight = constants + row[15];
-  stage.scale = stage.weight + aligned(weights);
+  stage.own_weight = stage.weight + aligned(weights);
+  stage.scale = stage.own_weight + aligned(own);
   stage.shift = stage.scale + aligned(channels);
   p.slope = stage.shift[aligned(channels)];
   stage.residual = row[14];
   return stage;
 }
+
+bool is_pointwise(const Stage& stage) { return stage.dense && conv_call(stage.p).pointwise; }
 
 Sequence sequence_of(const int64_t* rows, int64_t count, const Tensor& x, const float* constants,
                      int64_t constant_count) {
@@ -93,7 +107,7 @@ Sequence sequence_of(const int64_t* rows, int64_t count, const Tensor& x, const 
     const int64_t* row = rows + i * kColumns;
     if (row[1] != C)
       check::fail(kOp, i ? "stages" : "x", check::join(row[1], " channels"), check::join(C));
-    s.stages.push_back(stage_of(row, H, W, constants, constant_count));
+    s.stages.push_back(stage_of(row, facts_of(x).dtype, H, W, constants, constant_count));
     const Stage& stage = s.stages.back();
     C = stage.p.K, H = stage.p.OH, W = stage.p.OW;
     last_use[i] = i;
@@ -107,6 +121,12 @@ Sequence sequence_of(const int64_t* rows, int64_t count, const Tensor& x, const 
                   check::join(r, " at stage ", i));
     last_use[r] = i;
   }
+  for (int64_t i = 0; i + 1 < count; ++i)
+    if (!s.stages[i].dense && last_use[i + 1] == i + 1 && s.stages[i + 1].residual != i + 1 &&
+        is_pointwise(s.stages[i + 1])) {
+      s.stages[i].feeds_block = true;
+      last_use[i] = std::max(last_use[i], i + 1);  // later bands still read it
+    }
   // Each value takes a slot that no value still in use holds.
   std::vector<int64_t> held;  // by slot: the last stage that uses what is in it
   for (int64_t i = 0; i + 1 < count; ++i) {
@@ -115,61 +135,138 @@ Sequence sequence_of(const int64_t* rows, int64_t count, const Tensor& x, const 
     stage.slot = free - held.begin();
     if (free == held.end()) held.push_back(0), s.slots.push_back(0);
     held[stage.slot] = last_use[i + 1];
-    s.slots[stage.slot] =
-        std::max(s.slots[stage.slot], aligned(stage.p.K * stage.p.OH * stage.p.OW));
+    const int64_t bytes = stage.p.K * stage.p.OH * stage.p.OW * size_of(stage.p.dtype);
+    s.slots[stage.slot] = std::max(s.slots[stage.slot], (bytes + kLine - 1) / kLine * kLine);
   }
   for (int64_t size : s.slots) s.image += size;
   return s;
 }
 
-// `images` images from x to y; `memory` holds that many times sequence.image floats.
-void run(const Sequence& sequence, const float* x, float* y, int64_t images, float* memory,
-         int64_t threads) {
-  std::vector<float*> slots;
-  for (int64_t size : sequence.slots) slots.push_back(memory), memory += size * images;
-  auto value = [&](int64_t v) -> const float* {
-    return v == 0 ? x : slots[sequence.stages[v - 1].slot];
-  };
-  int64_t i = 0;
-  for (const Stage& stage : sequence.stages) {
-    Problem p = stage.p;
-    p.N = images;
-    auto point = [&](auto& call) {
-      call.x = value(i);
-      call.y = stage.slot < 0 ? y : slots[stage.slot];
-      call.weight = stage.weight;
-      call.scale = stage.scale;
-      call.shift = stage.shift;
-    };
-    if (stage.dense) {
-      ConvCall call = conv_call(p);
-      point(call);
-      call.residual = stage.residual < 0 ? nullptr : value(stage.residual);
-      run_conv(call, p, threads);
-    } else {
-      DwconvCall call = dwconv_call(p);
-      point(call);
-      run_dwconv_channels_last(call, p, threads);
-    }
-    ++i;
+// One run through the stages: `images` images from x to y; `memory` holds that many times
+// sequence.image bytes.
+class Run {
+ public:
+  Run(const Sequence& sequence, const void* x, void* y, int64_t images, char* memory,
+      int64_t threads)
+      : sequence_(sequence), x_(x), y_(y), images_(images), threads_(threads) {
+    for (int64_t size : sequence.slots) slots_.push_back(memory), memory += size * images;
   }
-}
+
+  void operator()() const {
+    const auto count = static_cast<int64_t>(sequence_.stages.size());
+    for (int64_t i = 0; i < count; ++i) {
+      const Stage& stage = sequence_.stages[i];
+      const Problem p = problem(i);
+      if (stage.feeds_block && block(i)) {
+        ++i;
+      } else if (stage.dense) {
+        ConvCall call = dense(i);
+        run_conv(call, p, threads_);
+      } else {
+        DwconvCall call = depthwise(i);
+        run_dwconv_channels_last(call, p, threads_);
+      }
+    }
+  }
+
+ private:
+  const void* value(int64_t v) const { return v == 0 ? x_ : slots_[sequence_.stages[v - 1].slot]; }
+  void* result(int64_t i) const {
+    const int64_t slot = sequence_.stages[i].slot;
+    return slot < 0 ? y_ : slots_[slot];
+  }
+  Problem problem(int64_t i) const {
+    Problem p = sequence_.stages[i].p;
+    p.N = images_;
+    return p;
+  }
+  ConvCall dense(int64_t i) const {
+    const Stage& stage = sequence_.stages[i];
+    ConvCall call = conv_call(problem(i));
+    call.x = value(i), call.y = result(i);
+    call.weight = stage.weight, call.scale = stage.scale, call.shift = stage.shift;
+    call.residual = stage.residual < 0 ? nullptr : value(stage.residual);
+    return call;
+  }
+  DwconvCall depthwise(int64_t i) const {
+    const Stage& stage = sequence_.stages[i];
+    DwconvCall call = dwconv_call(problem(i));
+    const bool own = narrowed_kernels(call.K).dwconv_keeps_weight(call);
+    call.x = value(i), call.y = result(i);
+    call.weight = own ? stage.own_weight : stage.weight;
+    call.scale = stage.scale, call.shift = stage.shift;
+    return call;
+  }
+
+  // Stages i and i + 1 band by band; false where bands for all threads would be too small to pay
+  // for reading the weights once more each.
+  bool block(int64_t i) const {
+    constexpr int64_t kBandPixels = 112, kFewestPixels = 56;
+    const DwconvCall depthwise = this->depthwise(i);
+    const ConvCall dense = this->dense(i + 1);
+    // Even numbers of rows: the depthwise kernel takes two at a time.
+    const int64_t rows = std::max<int64_t>(2, kBandPixels / depthwise.OW / 2 * 2);
+    int64_t bands = (depthwise.OH + rows - 1) / rows;
+    bands = (images_ * bands + threads_ - 1) / threads_ * threads_ / images_;
+    if (threads_ > 1 && depthwise.OH * depthwise.OW < bands * kFewestPixels) return false;
+    const int64_t tallest = (depthwise.OH + bands - 1) / bands;
+    const int64_t size = size_of(sequence_.stages[i].p.dtype);
+    const auto bytes = static_cast<std::size_t>(tallest * depthwise.OW * depthwise.K * size);
+    share(images_ * bands, threads_, [&](int64_t begin, int64_t end) {
+      void* band = scratch_bytes<Scratch::band>(bytes);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t n = task / bands, in_image = task % bands;
+        const int64_t oh = in_image * depthwise.OH / bands;
+        run_band(depthwise, dense, n, oh, (in_image + 1) * depthwise.OH / bands, size, band);
+      }
+    });
+    return true;
+  }
+
+  // Output rows [oh, oh_end) of image n of both.
+  static void run_band(DwconvCall depthwise, ConvCall dense, int64_t n, int64_t oh, int64_t oh_end,
+                       int64_t size, void* band) {
+    auto image = [&](const void* p, int64_t values) {
+      return static_cast<const char*>(p) + n * values * size;
+    };
+    depthwise.x = image(depthwise.x, depthwise.H * depthwise.W * depthwise.C);
+    depthwise.y = band;
+    depthwise.top -= oh * depthwise.SH;
+    depthwise.N = 1, depthwise.OH = oh_end - oh;
+    depthwise.stream = false;
+    run_dwconv_channels_last_here(depthwise);
+
+    const int64_t offset = (n * dense.OH + oh) * dense.OW * dense.K * size;
+    dense.x = band;
+    dense.y = static_cast<char*>(dense.y) + offset;
+    if (dense.residual) dense.residual = static_cast<const char*>(dense.residual) + offset;
+    dense.N = 1, dense.H = dense.OH = oh_end - oh;
+    run_conv_here(dense);
+  }
+
+  const Sequence& sequence_;
+  const void* x_;
+  void* y_;
+  const int64_t images_, threads_;
+  std::vector<char*> slots_;
+};
 
 // Runs with the memory it needs: kept for the thread's next call unless it is large.
-void run_here(const Sequence& sequence, const float* x, float* y, int64_t images, int64_t threads) {
+void run_here(const Sequence& sequence, const void* x, void* y, int64_t images, int64_t threads) {
   constexpr std::size_t kKept = std::size_t{128} << 20;
-  const auto bytes = static_cast<std::size_t>(sequence.image * images) * sizeof(float) + 64;
+  const auto bytes = static_cast<std::size_t>(sequence.image * images) + kLine;
   std::unique_ptr<char[]> own(bytes > kKept ? new char[bytes] : nullptr);
   void* memory = own ? align_line(own.get()) : scratch_bytes<Scratch::sequence>(bytes);
-  run(sequence, x, y, images, static_cast<float*>(memory), threads);
+  Run(sequence, x, y, images, static_cast<char*>(memory), threads)();
 }
 
 }  // namespace
 
 Tensor conv_sequence(Tensor x, Tensor stages, Tensor constants) {
   const TensorFacts facts = facts_of(x);
-  if (facts.dim != 4 || facts.dtype != DType::float32 || !x.is_cpu() || x.numel() == 0)
-    check::fail(kOp, "x", "a float32 CPU tensor (N, C, H, W) that is not empty",
+  const bool known = facts.dtype == DType::float32 || facts.dtype == DType::bfloat16;
+  if (facts.dim != 4 || !known || !x.is_cpu() || x.numel() == 0)
+    check::fail(kOp, "x", "a float32 or bfloat16 CPU tensor (N, C, H, W) that is not empty",
                 check::join(facts.dtype_name, " of ", check::shape(facts)));
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(stages.get(), &dtype));
@@ -186,10 +283,11 @@ Tensor conv_sequence(Tensor x, Tensor stages, Tensor constants) {
 
   const Tensor input = dense(x, Layout::channels_last);
   const Problem& last = sequence.stages.back().p;
-  const int64_t N = x.size(0), x_size = x.numel() / N, y_size = last.K * last.OH * last.OW;
+  const int64_t N = x.size(0), size = size_of(facts.dtype);
+  const int64_t x_size = x.numel() / N * size, y_size = last.K * last.OH * last.OW * size;
   Tensor y = empty_4d(x, N, last.K, last.OH, last.OW, Layout::channels_last);
-  const auto* from = static_cast<const float*>(input.const_data_ptr());
-  auto* to = static_cast<float*>(y.mutable_data_ptr());
+  const auto* from = static_cast<const char*>(input.const_data_ptr());
+  auto* to = static_cast<char*>(y.mutable_data_ptr());
   const int64_t threads = torch::stable::get_num_threads(), alone = N / threads * threads;
   torch::stable::parallel_for(0, alone, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)

@@ -39,8 +39,8 @@ struct DwconvCall {
 // Output channels in a panel of packed convolution weights, whatever the instruction set.
 constexpr int64_t kPanel = 32;
 
-// One dense (one group) float32 channels_last convolution; `weight` packed, `scale` and `shift`
-// filled up to whole panels.
+// One dense (one group) channels_last convolution, float32 or bfloat16; `weight` packed, `scale`
+// and `shift` float32, filled up to whole panels.
 struct ConvCall {
   int64_t N, C, H, W;
   int64_t K, OH, OW;
@@ -53,9 +53,10 @@ struct ConvCall {
   const void* scale;
   const void* shift;
   void* y;
+  Element element;
   Activation activation;
   double slope;
-  bool stream;                           // as above
+  bool stream;                           // as above; float32
   const void* residual;                  // added after the activation, laid out as y; or null
   int64_t pixel_blocks, channel_blocks;  // a task is one of each
 };
@@ -71,6 +72,7 @@ struct Kernels {
   // Elements of scratch, of the accumulation type, that a thread of dwconv_contiguous needs.
   int64_t (*dwconv_contiguous_scratch)(const DwconvCall&);
   void (*conv_channels_last)(const ConvCall&, int64_t begin, int64_t end, void* scratch);
+  // Bytes of scratch that a thread of conv_channels_last needs.
   int64_t (*conv_channels_last_scratch)(const ConvCall&);
 };
 

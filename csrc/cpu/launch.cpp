@@ -1,7 +1,5 @@
 #include "launch.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 
 #include "active.h"
@@ -52,12 +50,13 @@ int64_t plan(ConvCall& call, int64_t threads) {
   return call.pixel_blocks * call.channel_blocks;
 }
 
-template <typename Tasks>
-void share(int64_t tasks, int64_t threads, const Tasks& run) {
-  if (threads == 1)
-    run(0, tasks);
-  else
-    torch::stable::parallel_for(0, tasks, 1, run);
+void run_conv_on(ConvCall& call, int64_t threads) {
+  const Kernels& kernels = active_kernels();
+  const int64_t tasks = plan(call, threads);
+  const auto bytes = static_cast<std::size_t>(kernels.conv_channels_last_scratch(call));
+  share(tasks, threads, [&](int64_t begin, int64_t end) {
+    kernels.conv_channels_last(call, begin, end, scratch_bytes<Scratch::kernel>(bytes));
+  });
 }
 
 }  // namespace
@@ -83,6 +82,7 @@ ConvCall conv_call(const Problem& p) {
   call.top = p.top, call.left = p.left;
   call.pointwise = call.taps == p.C && p.SH == 1 && p.SW == 1 && p.OH == p.H && p.OW == p.W &&
                    p.top == 0 && p.left == 0;
+  call.element = element_of(p.dtype);
   call.activation = p.activation;
   call.slope = p.slope;
   return call;
@@ -96,15 +96,16 @@ void run_dwconv_channels_last(DwconvCall& call, const Problem& p, int64_t thread
         [&](int64_t begin, int64_t end) { kernels.dwconv_channels_last(call, begin, end); });
 }
 
-void run_conv(ConvCall& call, const Problem& p, int64_t threads) {
-  const Kernels& kernels = active_kernels();
-  call.stream = may_stream(call.y, p, sizeof(float));
-  const int64_t tasks = plan(call, threads);
-  const auto bytes =
-      static_cast<std::size_t>(kernels.conv_channels_last_scratch(call)) * sizeof(float);
-  share(tasks, threads, [&](int64_t begin, int64_t end) {
-    kernels.conv_channels_last(call, begin, end, scratch_bytes<Scratch::kernel>(bytes));
-  });
+void run_dwconv_channels_last_here(DwconvCall& call) {
+  const Kernels& kernels = narrowed_kernels(call.K);
+  kernels.dwconv_channels_last(call, 0, plan(call, kernels.width, 1));
 }
+
+void run_conv(ConvCall& call, const Problem& p, int64_t threads) {
+  call.stream = p.dtype == DType::float32 && may_stream(call.y, p, sizeof(float));
+  run_conv_on(call, threads);
+}
+
+void run_conv_here(ConvCall& call) { run_conv_on(call, 1); }
 
 }  // namespace mnet::cpu

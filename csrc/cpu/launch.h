@@ -2,6 +2,8 @@
 // for torch's threads.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <cstdint>
 
 #include "../problem.h"
@@ -11,6 +13,12 @@ namespace mnet::cpu {
 
 inline int64_t panels_of(int64_t channels) { return (channels + kPanel - 1) / kPanel; }
 
+// Bytes of a dense convolution's packed weights: see pack_conv_weight.
+inline int64_t packed_bytes(const Problem& p) {
+  const int64_t taps = p.KH * p.KW * p.C, pairs = p.dtype == DType::bfloat16;
+  return panels_of(p.K) * (pairs ? (taps + 1) / 2 : taps) * kPanel * 4;
+}
+
 // A call with all but its pointers.
 DwconvCall dwconv_call(const Problem& p);
 ConvCall conv_call(const Problem& p);
@@ -19,5 +27,18 @@ ConvCall conv_call(const Problem& p);
 // calling one alone where that is 1.
 void run_dwconv_channels_last(DwconvCall& call, const Problem& p, int64_t threads);
 void run_conv(ConvCall& call, const Problem& p, int64_t threads);
+
+// The same on the calling thread and without looking at how large the call is; for parts of calls.
+void run_dwconv_channels_last_here(DwconvCall& call);
+void run_conv_here(ConvCall& call);
+
+// run(begin, end) for all of [0, tasks), cut up for the threads.
+template <typename Tasks>
+void share(int64_t tasks, int64_t threads, const Tasks& run) {
+  if (threads == 1)
+    run(0, tasks);
+  else
+    torch::stable::parallel_for(0, tasks, 1, run);
+}
 
 }  // namespace mnet::cpu

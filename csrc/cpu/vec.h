@@ -138,6 +138,15 @@ MNET_INLINE void store(f16* p, Vector<float> v) {
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
+// v as it would be read back.
+template <typename Elem>
+MNET_INLINE Vector<Accumulator<Elem>> rounded(Vector<Accumulator<Elem>> v) {
+  if constexpr (sizeof(Elem) >= 4) return v;
+  Elem stored[kWidth<Accumulator<Elem>>];
+  store(stored, v);
+  return load(stored);
+}
+
 // A whole cache line to memory, past the caches: it saves reading the line first. Only for 64-byte
 // aligned lines that are not read again soon; drain_streams() before other threads may read them.
 #if defined(MNET_AVX512)
