@@ -454,8 +454,18 @@ SIZE = 32 * 8 + 32 + 32 + 16
 @pytest.mark.parametrize(
     "x,stages,size,message",
     [
-        (torch.ones(1, 8, 4), [ROW], SIZE, r"x: expected a float32 or bfloat16 CPU tensor .*\(1, 8, 4\)"),
-        (torch.ones(1, 8, 4, 4).double(), [ROW], SIZE, "x: expected a float32 or bfloat16 CPU tensor"),
+        (
+            torch.ones(1, 8, 4),
+            [ROW],
+            SIZE,
+            r"x: expected a float32 or bfloat16 CPU tensor .*\(1, 8, 4\)",
+        ),
+        (
+            torch.ones(1, 8, 4, 4).double(),
+            [ROW],
+            SIZE,
+            "x: expected a float32 or bfloat16 CPU tensor",
+        ),
         (torch.ones(0, 8, 4, 4), [ROW], SIZE, "x: expected .* not empty"),
         (torch.ones(1, 9, 4, 4), [ROW], SIZE, "x: expected 8 channels, got 9"),
         (torch.ones(1, 8, 4, 4), [ROW[:-1]], SIZE, r"stages: expected an int64 .*\(n, 16\)"),
