@@ -16,6 +16,26 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
       "dwconv_bn_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, "
       "int[2] stride, int[4] padding, int[2] dilation, str activation, float slope, bool data, "
       "bool sums) -> (Tensor, Tensor, Tensor, Tensor)");
+  // dwconv_bn_act with the batch's own statistics, as BatchNorm in training: (y, mean, var), mean
+  // and (biased) var of the convolution, (C*M,), in float32, float64 for float64.
+  m.def(
+      "dwconv_bn_act_training(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, int[2] stride, "
+      "int[4] padding, int[2] dilation, str activation, float slope, float eps) -> "
+      "(Tensor, Tensor, Tensor)");
+  // (dx, dweight, dgamma, dbeta) for the gradient dy of y, through the statistics too; those that
+  // are not wanted are empty.
+  m.def(
+      "dwconv_bn_act_training_backward(Tensor dy, Tensor x, Tensor weight, Tensor? gamma, Tensor? "
+      "beta, Tensor mean, Tensor var, int[2] stride, int[4] padding, int[2] dilation, "
+      "str activation, float slope, float eps, bool data, bool sums) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  // Depthwise + affine + activation, then pointwise (pw_weight (K, C*M, 1, 1)) + affine +
+  // activation, then + residual; what is between the two never reaches memory.
+  m.def(
+      "separable_conv(Tensor x, Tensor dw_weight, Tensor? dw_scale, Tensor? dw_shift, "
+      "Tensor pw_weight, Tensor? pw_scale, Tensor? pw_shift, Tensor? residual, int[2] stride, "
+      "int[4] padding, int[2] dilation, str dw_activation, str pw_activation, float slope) -> "
+      "Tensor");
   // A dense convolution (one group) on weights packed by pack_conv_weight; float32, channels_last.
   m.def(
       "conv_bn_act_packed(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, int[2] kernel, "
