@@ -181,6 +181,7 @@ def _fusion(site: Site, fast: nn.Module, backend: str | None) -> Fusion:
         pad=site.pad,
         norm=None if site.norm is None else fast.get_submodule(site.norm),
         batch_statistics=site.batch_statistics,
+        native_training=site.native_training,
         act=act,
         activation=site.activation.name,
         slope=site.activation.slope,
