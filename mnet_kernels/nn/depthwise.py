@@ -15,7 +15,7 @@ _Pair = int | tuple[int, int]
 
 
 class DepthwiseConvBNAct(nn.Module):
-    """``act(bn(depthwise_conv(x)))``, in one pass whenever the BatchNorm's statistics are fixed.
+    """``act(bn(depthwise_conv(x)))``, fused in eval mode and in training.
 
     Args:
         channels: C.
@@ -84,6 +84,8 @@ class DepthwiseConvBNAct(nn.Module):
         self.bn = bn
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.conv.fusion.norm is not self.bn:  # exchanged, by convert_sync_batchnorm for one
+            self.conv.fusion.norm = self.bn
         return self.conv(x)
 
 
