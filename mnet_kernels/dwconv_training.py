@@ -204,9 +204,10 @@ def _backward(ctx, dy, dmean, dvar):
         gradients = differentiable_gradients(dy, ctx.saved_tensors[:4], ctx.constants, wanted)
     else:
         needs_x, *needs_others = wanted
-        gradients = _training_backward(
+        dx, dweight, *sums = _training_backward(
             dy, *ctx.saved_tensors, *ctx.constants, needs_x, any(needs_others)
         )
+        gradients = [dx, registration.laid_out_as(dweight, ctx.saved_tensors[1]), *sums]
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 6
 
 

@@ -13,10 +13,11 @@ static void training_tasks(const DwconvTrainingCall& call, int64_t begin, int64_
           const int64_t chunk = begin / blocks, c = chunk * call.channel_chunk;
           const int64_t c_end = chunk + 1 < call.channel_chunks ? c + call.channel_chunk : call.K;
           TrainingBand<Elem, decltype(kernel)::value, decltype(stride)::value> band(call, c, c_end,
-                                                                                   d, scratch);
+                                                                                    d, scratch);
           for (; begin < end && begin / blocks == chunk; ++begin) run(band, begin % blocks);
         }
       };
+      if (call.KH == 1) return fast(Constant<1>{}, Constant<1>{});  // BatchNorm by itself
       if (call.KH == 3 && call.SH == 1) return fast(Constant<3>{}, Constant<1>{});
       if (call.KH == 3 && call.SH == 2) return fast(Constant<3>{}, Constant<2>{});
       if (call.KH == 5 && call.SH == 1) return fast(Constant<5>{}, Constant<1>{});
