@@ -128,6 +128,25 @@ inline void affine(const char* op, const char* name, const TensorFacts& t, const
   if (!t.same_device(x)) fail(op, name, "x's device " + device(x), device(t));
 }
 
+// dy has the output's shape, x's dtype and device.
+inline void gradient(const char* op, const TensorFacts& dy, const Problem& p,
+                     const TensorFacts& x) {
+  const int64_t expected[] = {p.N, p.K, p.OH, p.OW};
+  bool same = dy.dim == 4;
+  for (int i = 0; same && i < 4; ++i) same = dy.sizes[i] == expected[i];
+  if (!same) fail(op, "dy", "the output's shape " + show(expected, 4), shape(dy));
+  if (dy.dtype != x.dtype) fail(op, "dy", join("x's dtype ", x.dtype_name), dy.dtype_name);
+  if (!dy.same_device(x)) fail(op, "dy", "x's device " + device(x), device(dy));
+}
+
+// What batch statistics ask for besides.
+inline void batch_statistics(const char* op, const Problem& p, double eps) {
+  if (!std::isfinite(eps) || eps < 0) fail(op, "eps", "a finite number, at least 0", join(eps));
+  if (p.N * p.OH * p.OW == 1)
+    fail(op, "x", "more than one value a channel in training",
+         join("an output of shape (1, ", p.K, ", 1, 1)"));
+}
+
 }  // namespace check
 
 // Throws std::runtime_error with a sentence that names operator, argument, expected and actual.

@@ -2,6 +2,7 @@
 
 from mnet_kernels import backends, models, nn
 from mnet_kernels._version import __version__
+from mnet_kernels.dwconv_training import dwconv_bn_act_training
 from mnet_kernels.ops import conv_bn_act, dwconv_bn_act
 from mnet_kernels.swap import explain, restore, sites, swap
 
@@ -10,6 +11,7 @@ __all__ = [
     "backends",
     "conv_bn_act",
     "dwconv_bn_act",
+    "dwconv_bn_act_training",
     "explain",
     "models",
     "nn",

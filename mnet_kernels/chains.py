@@ -17,8 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from mnet_kernels import tracing
 from mnet_kernels.layout import free_nodes
-from mnet_kernels.nn import FusedConv2d
-from mnet_kernels.plan import Call, Left, Plan, Site, describe, is_depthwise
+from mnet_kernels.nn import FusedConv2d, is_depthwise
+from mnet_kernels.plan import Call, Left, Plan, Site, describe
 from mnet_kernels.probe import (
     IDENTITY,
     Activation,
@@ -168,6 +168,8 @@ class Graph:
         pad, norm, act = (steps.get(kind) for kind in ("pad", "norm", "act"))
         if norm is None and not is_depthwise(conv):
             return note or "no normalisation follows"
+        if norm is not None and not norm.does.keeps_statistics and not is_depthwise(conv):
+            return "the norm keeps no running statistics"
         activation = act.does if act else norm.does.activation if norm else IDENTITY
         parts = [describe(conv), "bn" if norm else "", activation.name]
         keys = [step.key for step in steps.values()]
@@ -177,6 +179,7 @@ class Graph:
             pad=pad.does if pad else (0, 0, 0, 0),
             norm=str(norm.key) if norm else None,
             batch_statistics=norm is not None and norm.does.batch_statistics,
+            native_training=norm.does.native_training if norm is not None else None,
             act=act.act if act else None,
             activation=activation,
             absorbed=tuple(key for key in keys if isinstance(key, str)),
@@ -256,10 +259,6 @@ class Graph:
         if node.op != "call_module":
             return None
         path = str(node.target)
-        if isinstance(self.modules[path], nn.modules.batchnorm._NormBase) and (
-            self.modules[path].running_mean is None
-        ):
-            return "the norm keeps no running statistics"
         if not is_norm_like(self.modules[path]):
             return None
         found = self.look.norm(self.modules[path])

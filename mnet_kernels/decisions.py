@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -36,9 +37,13 @@ class Row:
 
     module: str
     pattern: str
-    #: The backend it runs on, for the device and dtype of its weight; "native" if left alone.
+    #: The backend it runs on, for the device and dtype of its weight and the mode that its norm is
+    #: in; "native" if left alone.
     backend: str
     reason: str
+    #: The backend in training mode, and why that is native.
+    training: str = "native"
+    why_native_training: str = ""
 
 
 class Explanation:
@@ -70,14 +75,21 @@ class Explanation:
         from rich.table import Table
 
         table = Table(box=box.SIMPLE)
-        for name in ("module", "pattern", "backend", "reason"):
+        for name in ("module", "pattern", "backend", "in training", "reason"):
             table.add_column(name, overflow="fold")
         for row in self.rows:
-            table.add_row(*map(escape, astuple(row)))
+            cells = row.module, row.pattern, row.backend, row.training, row.reason
+            table.add_row(*map(escape, cells))
         console = Console(file=io.StringIO(), width=120, color_system=None)
         console.print(table)
-        count = sum(row.backend != "native" for row in self.rows)
-        console.print(f"{count} of {len(self.rows)} rows run fused.")
+        now, training = (
+            sum(backend != "native" for backend in backends)
+            for backends in zip(*((row.backend, row.training) for row in self.rows), strict=True)
+        )
+        console.print(f"{now} of {len(self.rows)} rows run fused, {training} in training.")
+        reasons = Counter(row.why_native_training for row in self.rows if row.why_native_training)
+        for reason, count in reasons.items():
+            console.print(f"Native in training, {count} rows: {escape(reason)}.")
         for path, runs in self._plan.runs.items():
             sizes = " + ".join(str(len(run.stages)) for run in runs)
             console.print(f"{path or 'the model'}: {sizes} of them in one call each, on the CPU.")
@@ -86,9 +98,16 @@ class Explanation:
 
 def _row(name: str, pattern: str, note: str, module: FusedConv2d) -> Row:
     device, dtype = module.weight.device, module.weight.dtype
-    reason = module.why_native(device, dtype)
-    backend = "native" if reason is not None else module.serving(device, dtype)
-    return Row(name, pattern, backend, "; ".join(part for part in (reason, note) if part))
+
+    def served(in_training: bool) -> tuple[str, str | None]:
+        why = module.why_native(device, dtype, in_training)
+        return "native" if why else module.serving(device, dtype, in_training), why
+
+    fusion = module.fusion
+    backend, reason = served(module.uses_batch_statistics())
+    training, why = served(fusion.norm is not None and fusion.batch_statistics)
+    text = "; ".join(part for part in (reason, note) if part)
+    return Row(name, pattern, backend, text, training, "" if why is None else why)
 
 
 def record_of(fast: object, operator: str) -> Swapped:

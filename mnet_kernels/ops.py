@@ -313,9 +313,10 @@ def _backward(ctx, dy):
     # The fused operator has no derivative of its own: where one is asked for (create_graph), what
     # follows is recorded, and plain PyTorch has derivatives of any order.
     if _has_fused_backward(ctx.saved_tensors[0]) and not torch.is_grad_enabled():
-        gradients = _dwconv_bn_act_backward(
+        dx, dweight, *sums = _dwconv_bn_act_backward(
             dy, *ctx.saved_tensors, *ctx.constants, needs_x, any(needs_others)
         )
+        gradients = dx, registration.laid_out_as(dweight, ctx.saved_tensors[1]), *sums
         wanted = zip(gradients, ctx.needs_input_grad[:4], strict=True)
         return *(g if needed else None for g, needed in wanted), *(None,) * 5
     return _native_backward(ctx, dy)

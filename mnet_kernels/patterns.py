@@ -16,7 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from mnet_kernels import tracing
 from mnet_kernels.chains import Graph, Look, take_hooks
-from mnet_kernels.plan import Left, Plan, Site, describe, is_depthwise
+from mnet_kernels.nn import is_depthwise
+from mnet_kernels.plan import Left, Plan, Site, describe
 from mnet_kernels.runs import find_runs
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mnet_kernels.nn import is_depthwise
 from mnet_kernels.probe import IDENTITY, Activation
 
 
@@ -32,6 +33,8 @@ class Site:
     pad: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right
     norm: str | None = None
     batch_statistics: bool = False
+    #: Why those are left to the norm itself, if they are.
+    native_training: str | None = None
     #: The activation's module or function; None also where it is inside the norm.
     act: str | Call | None = None
     activation: Activation = IDENTITY
@@ -98,7 +101,3 @@ def describe(conv: nn.Module) -> str:
 
 def _numbers(pair: tuple[int, ...]) -> str:
     return str(pair[0]) if len(set(pair)) == 1 else "x".join(map(str, pair))
-
-
-def is_depthwise(conv: Any) -> bool:
-    return conv.groups == conv.in_channels > 1

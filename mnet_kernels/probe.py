@@ -8,8 +8,10 @@ if it agrees everywhere.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,10 @@ class Norm:
     activation: Activation
     #: In training mode it uses the batch's statistics instead.
     batch_statistics: bool
+    #: Why it has to do that itself, where it is not just what nn.BatchNorm2d does.
+    native_training: str | None = None
+    #: Without running statistics it uses the batch's in eval mode too.
+    keeps_statistics: bool = True
 
 
 def activation_of(call: Callable[[Tensor], Tensor]) -> Activation | None:
@@ -75,14 +81,18 @@ def module_activation(module: nn.Module) -> Activation | None:
 
 
 def is_norm_like(module: nn.Module) -> bool:
-    """Keeps running statistics of channels, and nothing else beside an affine transform."""
+    """Has a place for running statistics of channels, and nothing beside an affine transform."""
     buffers = dict(module.named_buffers())
     if not _NORM_BUFFERS.issuperset(buffers) or any(
         name not in _NORM_PARAMETERS for name, _ in module.named_parameters()
     ):
         return False
-    mean, var = (module._buffers.get(name) for name in ("running_mean", "running_var"))
-    return mean is not None and var is not None and mean.dim() == var.dim() == 1
+    if not {"running_mean", "running_var"} <= module._buffers.keys():
+        return False
+    mean, var = module._buffers["running_mean"], module._buffers["running_var"]
+    if mean is None or var is None:
+        return mean is var and isinstance(getattr(module, "num_features", None), int)
+    return mean.dim() == var.dim() == 1
 
 
 def norm_of(module: nn.Module) -> Norm | str:
@@ -95,10 +105,17 @@ def norm_of(module: nn.Module) -> Norm | str:
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float64).uniform_(low, high, generator=generator)
 
-    channels = module.get_buffer("running_mean").numel()
+    keeps_statistics = module._buffers["running_mean"] is not None
+    channels = (
+        module.get_buffer("running_mean").numel()
+        if keeps_statistics
+        else cast(int, module.num_features)
+    )
     x = uniform(-12, 12, 2, channels, 2, 4)
     x = x.contiguous(memory_format=torch.channels_last)  # it must take any layout
-    x[0, :, 0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")], dtype=x.dtype)
+    finite = x.clone(memory_format=torch.preserve_format)
+    if keeps_statistics:
+        x[0, :, 0, :3] = torch.tensor([float("inf"), -float("inf"), float("nan")], dtype=x.dtype)
     try:
         module = copy.deepcopy(module).to_empty(device="cpu").double().eval()
         mean, var = uniform(-1, 1, channels), uniform(0.5, 2, channels)
@@ -114,6 +131,8 @@ def norm_of(module: nn.Module) -> Norm | str:
         y, drew = _run(module, x.clone())
     except Exception as error:
         return f"the norm cannot be run on its own ({type(error).__name__})"
+    if not keeps_statistics:
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
     z = (x - mean.view(-1, 1, 1)) * torch.rsqrt(var + eps).view(-1, 1, 1)
     if "weight" in given:
         z = z * weight.view(-1, 1, 1)
@@ -123,11 +142,48 @@ def norm_of(module: nn.Module) -> Norm | str:
     if activation is None:
         return "the norm computes something other than BatchNorm and a known activation"
     try:
-        trained, _ = _run(module.train(), x.clone())
+        trained, _ = _run(copy.deepcopy(module).train(), x.clone())
         batch_statistics = not torch.equal(trained.nan_to_num(), y.nan_to_num())
     except Exception:
         batch_statistics = True
-    return Norm(activation, batch_statistics)
+    batch_statistics = batch_statistics or not keeps_statistics
+    why = _unlike_batch_norm(module, finite, activation) if batch_statistics else None
+    return Norm(activation, batch_statistics, why, keeps_statistics)
+
+
+def _unlike_batch_norm(module: Any, x: Tensor, activation: Activation) -> str | None:
+    """Why a norm does something other than nn.BatchNorm2d in training, or None: what it returns,
+    its running statistics and its counter after two batches are compared, with a momentum and
+    without."""
+    if _MANY & set(_names(type(module).forward.__code__)):
+        return "the norm's forward talks to other processes"
+    try:
+        for momentum in (0.3, None):
+            module = copy.deepcopy(module).train()
+            twin = nn.BatchNorm2d(
+                x.shape[1], module.eps, momentum, module._parameters.get("weight") is not None,
+                module.track_running_stats,
+            ).double()  # fmt: skip
+            twin.load_state_dict(module.state_dict())
+            module.momentum = momentum
+            for batch in (x * 0.01, x.flip(0) * 2 + 1):
+                expected = ACTIVATIONS[activation.name](twin(batch), activation.slope)
+                torch.testing.assert_close(_run(module, batch.clone())[0], expected)
+            torch.testing.assert_close(module.state_dict(), twin.state_dict())
+    except Exception:
+        return "the norm does not train as nn.BatchNorm2d does"
+    return None
+
+
+#: What a forward that takes statistics from several processes calls.
+_MANY = {"distributed", "dist", "comm", "all_reduce", "all_gather", "get_world_size"}
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
 
 
 def _run(call: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, bool]:

@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mnet_kernels import backends
+
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-BACKENDS = ("swap", "native")
+#: The network with the best kernels swapped in, plain PyTorch, or swapped with this backend only.
+BACKENDS = ("swap", "native", *(name for name in backends.NAMES if name != "native"))
 
 
 @dataclass(frozen=True)

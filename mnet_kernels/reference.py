@@ -60,13 +60,7 @@ def conv_bn_act(
         scale, shift: ``(C_out,)`` or None for 1 and 0.
         padding: (top, left, bottom, right), zeros.
     """
-    top, left, bottom, right = padding
-    if (top, left) == (bottom, right):
-        z = F.conv2d(x, weight, None, stride, (top, left), dilation, groups)
-    else:
-        z = F.conv2d(
-            F.pad(x, (left, right, top, bottom)), weight, None, stride, 0, dilation, groups
-        )
+    z = _conv(x, weight, stride, padding, dilation, groups)
     if scale is not None:
         z = z * scale.to(z.dtype).view(-1, 1, 1)
     if shift is not None:
@@ -74,6 +68,51 @@ def conv_bn_act(
     return ACTIVATIONS[activation](z, slope)
 
 
+def _conv(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    top, left, bottom, right = padding
+    if (top, left) == (bottom, right):
+        return F.conv2d(x, weight, None, stride, (top, left), dilation, groups)
+    padded = F.pad(x, (left, right, top, bottom))
+    return F.conv2d(padded, weight, None, stride, 0, dilation, groups)
+
+
 def dwconv_bn_act(x: Tensor, weight: Tensor, *args: Tensor | None, **kwargs) -> Tensor:
     """:func:`conv_bn_act` with one group a channel; weight ``(C*M, 1, Kh, Kw)``."""
     return conv_bn_act(x, weight, *args, groups=x.shape[1], **kwargs)
+
+
+def dwconv_bn_act_training(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    activation: str = "relu",
+    slope: float = 0.01,
+) -> Tensor:
+    """``act(batch_norm(conv2d(x, weight), gamma, beta))`` with the batch's own statistics.
+
+    Args:
+        x: ``(N, C, H, W)``, any floating dtype.
+        weight: ``(C*M, 1, Kh, Kw)``, x's dtype.
+        gamma, beta: ``(C*M,)`` or None for 1 and 0.
+        running_mean, running_var: ``(C*M,)``, updated in place as nn.BatchNorm2d's, or None.
+        padding: (top, left, bottom, right), zeros.
+    """
+    conv = _conv(x, weight, stride, padding, dilation, x.shape[1])
+    z = F.batch_norm(conv, running_mean, running_var, gamma, beta, True, momentum, eps)
+    return ACTIVATIONS[activation](z, slope)

@@ -41,6 +41,14 @@ def layout_of(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def laid_out_as(gradient: Tensor, t: Tensor) -> Tensor:
+    """A contiguous gradient with t's strides where they differ in dimensions of size 1 alone, as
+    those of a channels_last depthwise weight do: DistributedDataParallel would warn of them."""
+    if gradient.stride() == t.stride() or gradient.shape != t.shape or not t.is_contiguous():
+        return gradient
+    return gradient.as_strided(t.shape, t.stride())
+
+
 def register_autocast(name: str, operator: Callable, device_type: str) -> None:
     """x and weight are cast as native convolution's are; scale and shift stay float32."""
 

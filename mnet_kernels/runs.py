@@ -14,7 +14,8 @@ import torch
 from torch import fx, nn
 
 from mnet_kernels import tracing
-from mnet_kernels.plan import Run, Site, Stage, is_depthwise
+from mnet_kernels.nn import is_depthwise
+from mnet_kernels.plan import Run, Site, Stage
 
 
 def find_runs(

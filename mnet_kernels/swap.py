@@ -35,9 +35,11 @@ def swap(
     """A copy of ``model`` whose convolutions do the normalisation and activation after them.
 
     The copy shares parameters and buffers with ``model``, which stays as it is, and has the same
-    state_dict keys. While a norm is in training mode its site runs as before; in eval mode, or
-    where norms were frozen, it is one pass over memory. What is done later to parameters,
-    statistics or modes is honoured; after changing which modules the model is made of, swap anew.
+    state_dict keys. In eval mode, or where norms were frozen, a site is one pass over memory; while
+    a norm uses the batch's statistics, depthwise sites are one operator that keeps its input alone
+    for backward, and all others run as before (``explain`` tells). What is done later to
+    parameters, statistics or modes is honoured; after changing which modules the model is made of
+    (``convert_sync_batchnorm``, say), swap anew.
     Modules that a convolution took over hand their input on: what passes between the two can no
     longer be seen, by forward hooks for instance.
 
@@ -147,7 +149,7 @@ def _twin(model: nn.Module) -> nn.Module:
     References from one module to another, also as bound methods or in lists, lead to the copy.
     """
     memo: dict[int, Any] = {}
-    copied = (nn.Module, types.MethodType, dict, list, tuple, set)
+    copied = (nn.Module, Fusion, types.MethodType, dict, list, tuple, set)
     for module in model.modules():
         hooks = [getattr(module, name) for name in vars(module) if name.endswith("_hooks")]
         for held in (module._parameters, module._buffers, vars(module), *filter(None, hooks)):
@@ -181,6 +183,7 @@ def _fusion(site: Site, fast: nn.Module, backend: str | None) -> Fusion:
         pad=site.pad,
         norm=None if site.norm is None else fast.get_submodule(site.norm),
         batch_statistics=site.batch_statistics,
+        native_training=site.native_training,
         act=act,
         activation=site.activation.name,
         slope=site.activation.slope,

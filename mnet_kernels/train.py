@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mnet_kernels import checkpoint, datasets
+from mnet_kernels import backends, checkpoint, datasets
 from mnet_kernels.batches import (
     AUGMENTATION,
     DROPOUT,
@@ -150,7 +150,8 @@ class _Run:
         except (ValueError, OverflowError) as error:
             raise InputError(f"alpha: {error}") from None
         model = model.to(group.device).to(memory_format=self.layout)
-        self.model = swap(model) if recipe.backend == "swap" else model
+        named = None if recipe.backend == "swap" else recipe.backend
+        self.model = model if recipe.backend == "native" else swap(model, named)
         self.optimizer = nadam(self.model, recipe.learning_rate)
         self.scaler = torch.amp.GradScaler(group.device.type, enabled=recipe.precision == "fp16")
         # Named apart from the model itself, so that checkpoints do not depend on the wrapping.
@@ -342,6 +343,13 @@ def _check(recipe: Recipe, count: int, group: Group) -> None:
         raise InputError(
             f"batch: expected at most the {count} training pictures, got {recipe.batch}"
         )
+    if recipe.backend != "swap":
+        dtype = PRECISIONS[recipe.precision] or torch.float32
+        reason = backends.why_not(recipe.backend, device=group.device, dtype=dtype)
+        if reason is not None:
+            raise InputError(
+                f"backend: expected one that serves here, got {recipe.backend}: {reason}"
+            )
     if not (math.isfinite(recipe.learning_rate) and recipe.learning_rate > 0):
         raise InputError(f"learning_rate: expected a number above 0, got {recipe.learning_rate}")
     if not 0 <= recipe.shift < 1:

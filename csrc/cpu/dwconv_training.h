@@ -1,0 +1,75 @@
+// From a training call's tasks to the kernels above. Included once per instruction set.
+
+// run(band or plane, block, channel) for tasks [begin, end): blocks of a chunk of channels, then
+// those of the next.
+template <typename Elem, typename Run>
+static void training_tasks(const DwconvTrainingCall& call, int64_t begin, int64_t end, bool d,
+                           void* scratch, const Run& run) {
+  const int64_t blocks = (call.N + call.images - 1) / call.images * call.bands;
+  if constexpr (sizeof(Elem) <= 4)
+    if (dwconv_training_is_fast(call, kWidth<float>)) {
+      auto fast = [&](auto kernel, auto stride) __attribute__((always_inline)) {
+        while (begin < end) {
+          const int64_t chunk = begin / blocks, c = chunk * call.channel_chunk;
+          const int64_t c_end = chunk + 1 < call.channel_chunks ? c + call.channel_chunk : call.K;
+          TrainingBand<Elem, decltype(kernel)::value, decltype(stride)::value> band(call, c, c_end,
+                                                                                    d, scratch);
+          for (; begin < end && begin / blocks == chunk; ++begin) run(band, begin % blocks);
+        }
+      };
+      if (call.KH == 1) return fast(Constant<1>{}, Constant<1>{});  // BatchNorm by itself
+      if (call.KH == 3 && call.SH == 1) return fast(Constant<3>{}, Constant<1>{});
+      if (call.KH == 3 && call.SH == 2) return fast(Constant<3>{}, Constant<2>{});
+      if (call.KH == 5 && call.SH == 1) return fast(Constant<5>{}, Constant<1>{});
+      if (call.KH == 5 && call.SH == 2) return fast(Constant<5>{}, Constant<2>{});
+    }
+  TrainingPlane<Elem> plane(call, scratch);
+  for (; begin < end; ++begin) run(plane, begin % blocks, begin / blocks);
+}
+
+template <typename Run>
+MNET_INLINE void training_of(const DwconvTrainingCall& call, int64_t begin, int64_t end, bool d,
+                             void* scratch, const Run& run) {
+  switch (call.element) {
+    case Element::f32: return training_tasks<float>(call, begin, end, d, scratch, run);
+    case Element::f64: return training_tasks<double>(call, begin, end, d, scratch, run);
+    case Element::bf16: return training_tasks<bf16>(call, begin, end, d, scratch, run);
+    case Element::f16: return training_tasks<f16>(call, begin, end, d, scratch, run);
+  }
+}
+
+static void dwconv_statistics(const DwconvTrainingCall& call, int64_t begin, int64_t end,
+                              void* scratch) {
+  training_of(call, begin, end, false, scratch,
+              [](auto& on, auto... task) { on.statistics(task...); });
+}
+
+static void dwconv_gradient_sums(const DwconvTrainingCall& call, int64_t begin, int64_t end,
+                                 void* scratch) {
+  training_of(call, begin, end, false, scratch,
+              [](auto& on, auto... task) { on.gradient_sums(task...); });
+}
+
+static void dwconv_gradients(const DwconvTrainingCall& call, int64_t begin, int64_t end,
+                             void* scratch) {
+  training_of(call, begin, end, true, scratch,
+              [](auto& on, auto... task) { on.gradients(task...); });
+}
+
+static int64_t dwconv_training_scratch(const DwconvTrainingCall& call) {
+  if (dwconv_training_is_fast(call, kWidth<float>)) {
+    const int64_t last = call.K - (call.channel_chunks - 1) * call.channel_chunk;
+    const int64_t floats = TrainingScratch(call, last).floats;
+    return floats * static_cast<int64_t>(sizeof(float));
+  }
+  auto bytes = [&](int64_t accumulator, int64_t element) {
+    auto whole = call;
+    whole.rows_per_task = call.OH;
+    return PlaneScratch(whole, accumulator, element).bytes;
+  };
+  switch (call.element) {
+    case Element::f64: return bytes(8, 8);
+    case Element::f32: return bytes(4, 4);
+    default: return bytes(4, 2);
+  }
+}

@@ -1,0 +1,250 @@
+"""Depthwise convolution, BatchNorm with the batch's own statistics and activation: the operator
+of training, its fake kernels, autograd, autocast and vmap.
+
+Besides its inputs, backward keeps one mean and one variance a channel: the convolution's output
+and the activation's mask are computed again. What the operator means: reference.py.
+"""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from mnet_kernels import backends, ops, reference, registration
+from mnet_kernels.registration import IntOrInts, explicit_padding, pair
+
+_OP = "dwconv_bn_act_training"
+_training = torch.ops.mnet_kernels.dwconv_bn_act_training.default
+_training_backward = torch.ops.mnet_kernels.dwconv_bn_act_training_backward.default
+_check = torch.ops.mnet_kernels.check_conv.default
+
+
+def dwconv_bn_act_training(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: IntOrInts = 1,
+    padding: IntOrInts | str = 0,
+    dilation: IntOrInts = 1,
+    activation: str = "relu",
+    slope: float = 0.01,
+    backend: str | None = None,
+) -> Tensor:
+    """Depthwise convolution, BatchNorm in training mode and activation, for x and its gradients.
+
+    ``y = act(gamma[k] * (conv - mean[k]) * rsqrt(var[k] + eps) + beta[k])`` with the mean and the
+    biased variance of ``conv = depthwise(x, weight)`` over N, OH and OW, as
+    ``torch.nn.BatchNorm2d`` in training (Ioffe and Szegedy, 2015, arXiv 1502.03167).
+
+    Args:
+        x: ``(N, C, H, W)``; float32, float16, bfloat16 or (on the CPU) float64; layouts as for
+            :func:`mnet_kernels.dwconv_bn_act`.
+        weight: ``(C*M, 1, Kh, Kw)`` with depth multiplier M >= 1; x's dtype, any strides.
+        gamma, beta: ``(C*M,)`` float32 (float64 for float64 x), or None for 1 and 0.
+        running_mean, running_var: ``(C*M,)`` of gamma's dtype, or both None. Updated in place:
+            ``running = (1 - momentum) * running + momentum * batch``, the variance unbiased.
+        momentum: the weight of this batch in the running statistics.
+        eps: added to the variance.
+        stride, padding, dilation, activation, slope, backend: as for
+            :func:`mnet_kernels.dwconv_bn_act`.
+
+    Returns:
+        ``(N, C*M, OH, OW)``, x's dtype and layout; differentiable in x, weight, gamma and beta.
+        Second derivatives are plain PyTorch's.
+
+    Raises:
+        RuntimeError: an argument is wrong (one value a channel has no variance); the message names
+            operator, argument, expected and actual. Nothing has run or changed by then.
+    """
+    if padding == "same":
+        padding = ()
+    if torch.compiler.is_compiling():
+        stride, padding, dilation = map(ops._static, (stride, padding, dilation))
+    chosen = _select(backend, x)
+    _check_statistics(x, weight, running_mean, running_var, momentum)
+    constants = (stride, padding, dilation, activation, slope)
+    if chosen == "native":
+        return _native(x, weight, gamma, beta, running_mean, running_var, momentum, eps, *constants)
+    operator = _triton() if chosen == "triton" else _training
+    y, mean, var = operator(x, weight, gamma, beta, *constants, eps)
+    if running_mean is not None and running_var is not None and (count := values(y)):
+        with torch.no_grad():
+            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+            unbiased = count / (count - 1)
+            running_var.mul_(1 - momentum).add_(var, alpha=momentum * unbiased)
+    return y
+
+
+def values(y: Tensor) -> int:
+    """Values a channel, of which a statistic is taken."""
+    return y.shape[0] * y.shape[2] * y.shape[3]
+
+
+def _select(backend: str | None, x: Tensor) -> str:
+    if backend is None and type(x) is Tensor and x.is_cpu and _implemented("CPU"):
+        return "cpu"
+    chosen = ops._select(_OP, backend, x)
+    if chosen in ("cpu", "cuda") and not _implemented(chosen.upper()):
+        if backend is not None:
+            raise RuntimeError(
+                f"{_OP}: backend: expected one that can serve x, got {backend!r}: "
+                "it was built without this operator"
+            )
+        backends._warn_native(_OP, x.device.type)
+        return "native"
+    return chosen
+
+
+@torch.compiler.assume_constant_result
+def _implemented(key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mnet_kernels::{_OP}", key)
+
+
+def _triton():
+    import_module("mnet_kernels.triton.operators")  # importing triton takes a second
+    return torch.ops.mnet_kernels.dwconv_bn_act_training_triton
+
+
+def _check_statistics(x, weight, running_mean, running_var, momentum) -> None:
+    """What the operator itself does not see."""
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise RuntimeError(f"{_OP}: {missing}: expected a Tensor beside the other one, got None")
+    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
+        if t is not None:
+            _check_channels(name, t, x, weight)
+    if not math.isfinite(momentum):
+        raise RuntimeError(f"{_OP}: momentum: expected a finite number, got {momentum}")
+
+
+def _check_channels(name: str, t: Tensor, x: Tensor, weight: Tensor) -> None:
+    """The sentences of csrc/problem.h."""
+    if t.dim() != 1 or t.shape[0] != weight.shape[0]:
+        raise RuntimeError(
+            f"{_OP}: {name}: expected shape ({weight.shape[0]},), one value an output channel, "
+            f"got shape {tuple(t.shape)}"
+        )
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if t.dtype != dtype:
+        wanted, x_dtype, actual = (str(d).removeprefix("torch.") for d in (dtype, x.dtype, t.dtype))
+        raise RuntimeError(f"{_OP}: {name}: expected {wanted} (x is {x_dtype}), got {actual}")
+    registration.same_device(_OP, x, **{name: t})
+
+
+def _native(x, weight, gamma, beta, running_mean, running_var, momentum, eps, *constants) -> Tensor:
+    """Plain PyTorch behind the same checks."""
+    stride, padding, dilation, activation, slope = constants
+    out_h, out_w, *explicit = _check(
+        _OP, x, weight, None, None, stride, padding, dilation, 0, activation, slope
+    )
+    for name, t in (("gamma", gamma), ("beta", beta)):
+        if t is not None:
+            _check_channels(name, t, x, weight)
+    if not (math.isfinite(eps) and eps >= 0):
+        raise RuntimeError(f"{_OP}: eps: expected a finite number, at least 0, got {eps}")
+    if x.shape[0] * out_h * out_w == 1:
+        raise RuntimeError(
+            f"{_OP}: x: expected more than one value a channel in training, "
+            f"got an output of shape (1, {weight.shape[0]}, 1, 1)"
+        )
+    return reference.dwconv_bn_act_training(
+        x, weight, gamma, beta, running_mean, running_var, momentum=momentum, eps=eps,
+        stride=pair(stride), padding=explicit, dilation=pair(dilation), activation=activation,
+        slope=slope,
+    )  # fmt: skip
+
+
+# ---- torch.compile, torch.export ----
+def _per_channel(x: Tensor, count: int) -> Tensor:
+    return x.new_empty(count, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+@torch.library.register_fake(f"mnet_kernels::{_OP}")
+def _fake(x, weight, gamma, beta, stride, padding, dilation, activation, slope, eps):
+    registration.same_device(_OP, x, weight=weight, gamma=gamma, beta=beta)
+    pad = explicit_padding(x, weight, pair(stride), padding, pair(dilation))
+    out_h, out_w = ops._output_size(x, weight, stride, pad, dilation)
+    y = x.new_empty((x.shape[0], weight.shape[0], out_h, out_w))
+    mean, var = (_per_channel(x, weight.shape[0]) for _ in range(2))
+    return y.to(memory_format=registration.layout_of(x)), mean, var
+
+
+@torch.library.register_fake(f"mnet_kernels::{_OP}_backward")
+def _backward_fake(dy, x, weight, gamma, beta, mean, var, *constants_and_wanted):
+    *_, data, sums = constants_and_wanted
+    others = {"dy": dy, "weight": weight, "gamma": gamma, "beta": beta, "mean": mean, "var": var}
+    registration.same_device(f"{_OP}_backward", x, **others)
+    layout = registration.layout_of(x)
+    dx = x.new_empty(x.shape).to(memory_format=layout) if data else x.new_empty(0)
+    dweight = x.new_empty(weight.shape if sums else 0)
+    dgamma, dbeta = (_per_channel(x, weight.shape[0] if sums else 0) for _ in range(2))
+    return dx, dweight, dgamma, dbeta
+
+
+# ---- autograd ----
+def _setup_context(ctx, inputs, output):
+    x, weight, gamma, beta, *ctx.constants = inputs
+    _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, weight, gamma, beta, mean, var)
+
+
+def _backward(ctx, dy, dmean, dvar):
+    wanted = ctx.needs_input_grad[:4]
+    if torch.is_grad_enabled():  # gradients of gradients are asked for
+        gradients = differentiable_gradients(dy, ctx.saved_tensors[:4], ctx.constants, wanted)
+    else:
+        needs_x, *needs_others = wanted
+        dx, dweight, *sums = _training_backward(
+            dy, *ctx.saved_tensors, *ctx.constants, needs_x, any(needs_others)
+        )
+        gradients = [dx, registration.laid_out_as(dweight, ctx.saved_tensors[1]), *sums]
+    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 6
+
+
+def differentiable_gradients(dy, tensors, constants, wanted) -> list[Tensor | None]:
+    """Of x, weight, gamma and beta, where `wanted`, in plain PyTorch, which has derivatives of any
+    order."""
+    stride, padding, dilation, activation, slope, eps = constants
+    stride, dilation = pair(stride), pair(dilation)
+    padding = explicit_padding(tensors[0], tensors[1], stride, padding, dilation)
+    y = reference.dwconv_bn_act_training(
+        *tensors, eps=eps, stride=stride, padding=padding, dilation=dilation,
+        activation=activation, slope=slope,
+    )  # fmt: skip
+    inputs = [t for t, w in zip(tensors, wanted, strict=True) if w]
+    gradients = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
+    return [next(gradients) if w else None for w in wanted]
+
+
+torch.library.register_autograd(f"mnet_kernels::{_OP}", _backward, setup_context=_setup_context)
+
+
+# ---- autocast, vmap ----
+registration.register_autocast(_OP, _training, "cpu")
+registration.register_autocast(_OP, _training, "cuda")
+
+
+def _vmap(info, in_dims, x, weight, gamma, beta, *constants):
+    """Call by call: every one has statistics of its own."""
+    tensors = (x, weight, gamma, beta)
+    rows = [
+        _training(
+            *(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=False)),
+            *constants,
+        )
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(outputs) for outputs in zip(*rows, strict=True)), (0, 0, 0)
+
+
+torch.library.register_vmap(f"mnet_kernels::{_OP}", _vmap)

@@ -1,0 +1,25 @@
+"""Modules that run a convolution, its normalisation and its activation in one pass.
+
+``FusedConv2d`` is what :func:`mnet_kernels.swap` puts in the place of a convolution;
+``DepthwiseConvBNAct`` is the layer to build new networks from.
+"""
+
+from mnet_kernels.nn.depthwise import DepthwiseConvBNAct
+from mnet_kernels.nn.fused import (
+    FusedConv2d,
+    Fusion,
+    absorbed,
+    check_backend,
+    is_depthwise,
+    recorded,
+)
+
+__all__ = [
+    "DepthwiseConvBNAct",
+    "FusedConv2d",
+    "Fusion",
+    "absorbed",
+    "check_backend",
+    "is_depthwise",
+    "recorded",
+]

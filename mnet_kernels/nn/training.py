@@ -1,0 +1,119 @@
+"""A depthwise convolution and its norm while the norm uses the batch's own statistics."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from mnet_kernels.dwconv_training import dwconv_bn_act_training
+from mnet_kernels.fold import statistics_of
+
+if TYPE_CHECKING:
+    from mnet_kernels.nn.fused import FusedConv2d
+
+
+def forward(conv: FusedConv2d, x: Tensor, weight: Tensor) -> Tensor | None:
+    """``act(norm(conv(pad(x))))`` in one operator, the norm's state updated as the norm does it;
+    None where that is left to the modules.
+
+    Args:
+        conv: depthwise, with a norm that :meth:`FusedConv2d.uses_batch_statistics`.
+        weight: its weight in x's dtype.
+    """
+    fusion, bias = conv.fusion, cast("Tensor | None", conv._parameters["bias"])
+    norm = cast(Any, fusion.norm)
+    mean, var, gamma, beta = statistics_of(norm)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    given = [t for t in (mean, var, gamma, beta, bias) if t is not None]
+    if any(t.dtype not in (wide, x.dtype) for t in given) or _too_few(conv, x):
+        return None  # whatever is wrong, it is the norm's own error
+    if bias is not None and bias.requires_grad:
+        # It cancels out: its gradient is zero, and not missing.
+        nothing = bias.to(wide) * 0
+        beta = nothing if beta is None else beta + nothing
+    momentum = _count(norm)
+    if norm.training and not norm.track_running_stats:
+        mean = var = None
+    running = [_as(t, wide) for t in (mean, var)]
+    y = dwconv_bn_act_training(
+        x,
+        weight,
+        _as(gamma, wide),
+        _as(beta, wide),
+        *running,
+        momentum=momentum,
+        eps=norm.eps,
+        stride=conv.stride,
+        padding="same" if fusion.pad == "same" else conv.padding_edges(),
+        dilation=conv.dilation,
+        activation=fusion.activation,
+        slope=fusion.slope,
+        backend=fusion.backend,
+    )
+    if mean is not None:
+        with torch.no_grad():
+            if bias is not None:
+                running[0].add_(bias, alpha=momentum)
+            for held, updated in zip((mean, var), running, strict=True):
+                if held is not updated:
+                    held.copy_(updated)
+    return _seen_to_the_end(y)
+
+
+def lacks(backend: str) -> str | None:
+    """Why a backend has not the operator of training, or None."""
+    if backend == "triton":
+        import_module("mnet_kernels.triton.operators")
+        there = hasattr(torch.ops.mnet_kernels, "dwconv_bn_act_training_triton")
+    else:
+        there = torch._C._dispatch_has_kernel_for_dispatch_key(
+            "mnet_kernels::dwconv_bn_act_training", backend.upper()
+        )
+    return None if there else f"the {backend} backend was built without training"
+
+
+def _count(norm: Any) -> float:
+    """Count the batch, and the weight of it in the running statistics, as nn.BatchNorm2d does."""
+    if norm.training and norm.track_running_stats:
+        counter = norm._buffers.get("num_batches_tracked")
+        if counter is not None:
+            counter.add_(1)
+            if norm.momentum is None:
+                return 1.0 / float(counter)
+    return 0.0 if norm.momentum is None else norm.momentum
+
+
+def _too_few(conv: FusedConv2d, x: Tensor) -> bool:
+    """Whether there is but one value a channel, or none."""
+    return x.numel() == 0 or (x.shape[0] == 1 and conv.output_size(x) == [1, 1])
+
+
+def _as(t: Tensor | None, dtype: torch.dtype) -> Any:
+    return None if t is None else t.to(dtype)
+
+
+def _seen_to_the_end(y: Tensor) -> Tensor:
+    """``y``; under hooks for saved tensors, one more is saved.
+
+    Gradient checkpointing runs a region again only up to the last tensor that it saved. Native
+    saves some after the norm; so must we, for the running statistics to be updated again too.
+    """
+    if torch.compiler.is_compiling() or not y.requires_grad:
+        return y
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return y
+    return cast(Tensor, _SavesOne.apply(y))
+
+
+class _SavesOne(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y.new_empty(0))
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy
