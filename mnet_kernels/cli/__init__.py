@@ -17,6 +17,7 @@ import click
 from mnet_kernels.cli.common import BAD_INPUT, INTERRUPTED, NOT_BUILT, Command, fail
 from mnet_kernels.cli.comparing import compare, demo
 from mnet_kernels.cli.reporting import report
+from mnet_kernels.cli.trading import tradeoff
 from mnet_kernels.cli.training import evaluate, train
 
 __all__ = ["NOT_BUILT", "cli", "main"]
@@ -94,5 +95,5 @@ def summary(alpha: float, size: int, classes: int) -> None:
         click.echo(table.render())
 
 
-for command in (compare, demo, train, evaluate, report):
+for command in (compare, demo, train, evaluate, tradeoff, report):
     cli.add_command(command)

@@ -109,7 +109,7 @@ def _sections(evidence: Evidence) -> list[dict[str, Any]]:
                     [*drawn, *panels[:2]],
                     folded=panels[2:],
                     fold=_more(len(panels) - 2, "network" if kind == "network" else "step"),
-                )  # fmt: skip
+                )
             )
     for kind, title, each in (
         ("layer", "Layers", "a depthwise layer (channels · height² · stride)"),
@@ -128,7 +128,7 @@ def _sections(evidence: Evidence) -> list[dict[str, Any]]:
                     drawn[:SHOWN],
                     folded=drawn[SHOWN:],
                     fold=_more(len(drawn) - SHOWN, "group"),
-                )  # fmt: skip
+                )
             )
     found += _limits(evidence)
     if evidence.runs:
@@ -182,16 +182,11 @@ def _limits(evidence: Evidence) -> list[dict[str, Any]]:
 
 def _tradeoff(number: int, result: dict[str, Any]) -> dict[str, Any]:
     drawn = figures.tradeoff(result)
-    sources = dict.fromkeys(
-        f"{row['accuracy']['kind'].capitalize()} accuracies: {row['accuracy']['source']}."
-        for row in result["rows"]
-        if row.get("accuracy")
-    )
     settings = result.get("settings", {})
     lead = words.tradeoff(result)
     if "batch" in settings:
         lead += f" Pictures a second and peak memory are of batch {settings['batch']}."
     return _section(
         f"tradeoff{number or ''}", "The trade-off: width, resolution, accuracy, speed", lead,
-        [drawn] if drawn else [], wide=True, table=tables.tradeoff(result), notes=tuple(sources),
+        [drawn] if drawn else [], wide=True, table=tables.tradeoff(result), notes=tables.sources(result),
     )  # fmt: skip

@@ -149,12 +149,17 @@ def tradeoff(result: Mapping[str, Any]) -> Table:
             return Cell("")
         return Cell(f"{accuracy['top1']:.1%} {accuracy['kind']}", accuracy["top1"])
 
+    def paper(row: Any) -> Cell:
+        told = (row.get("accuracy") or {}).get("paper_top1")
+        return Cell("" if told is None else f"{told:.1%}", told)
+
     columns: _Columns = {
         "Network": lambda row: Cell(row["label"]),
         "Parameters": lambda row: Cell(size_text(row["params"]), row["params"]),
         "Multiply-adds": lambda row: Cell(size_text(row["multiply_adds"]), row["multiply_adds"]),
         "Model, MB": lambda row: Cell(f"{row['model_bytes'] / 1e6:.1f}", row["model_bytes"]),
         "Top-1": top1,
+        "Top-1 in the paper": paper,
         "Native, ms": time("native"),
         "Swapped, ms": time("swapped"),
         "Speed-up": speedup,
@@ -164,3 +169,27 @@ def tradeoff(result: Mapping[str, Any]) -> Table:
         "Swapped peak, MB": memory("swapped"),
     }
     return table("All networks", columns, result["rows"])
+
+
+def sources(result: Mapping[str, Any]) -> list[str]:
+    """Where the accuracies of a trade-off are from, a sentence each."""
+    found: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        accuracy = row.get("accuracy") or {}
+        if accuracy:
+            source = f"Accuracy {accuracy['kind']}: {accuracy['source']}"
+            found.setdefault(source, []).append(row["label"])
+        if "paper" in accuracy:
+            found.setdefault(f'"In the paper": {accuracy["paper"]}', [])
+    return [
+        f"{source}{' (' + ', '.join(labels) + ')' if len(labels) == 1 else ''}."
+        for source, labels in found.items()
+    ]
+
+
+def markdown(table: Table) -> str:
+    """The table in GitHub's Markdown."""
+    ruler = ["---:" if number else "---" for number in table.numeric]
+    rows = [table.headings, ruler, *([cell.text for cell in row] for row in table.rows)]
+    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
