@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mnet_kernels import data, evaluate, models, published
 from mnet_kernels import compare as comparing
+from mnet_kernels import data, evaluate, models, published
 from mnet_kernels.compare import NATIVE, SWAPPED, Notify
 from mnet_kernels.data import InputError, Subject
 from mnet_kernels.report import tables
@@ -105,9 +105,7 @@ def minutes(settings: Settings) -> float:
     return (small * each + 75 * settings.others) / 60
 
 
-def tradeoff(
-    settings: Settings, notify: Notify = lambda text, fraction: None
-) -> dict[str, Any]:
+def tradeoff(settings: Settings, notify: Notify = lambda text, fraction: None) -> dict[str, Any]:
     """Measure every network.
 
     Returns:

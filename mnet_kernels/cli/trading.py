@@ -51,7 +51,7 @@ class _Numbers(click.ParamType):
 @click.option("--others/--no-others", default=True, show_default=True,
               help="GoogLeNet and VGG16 too, of torchvision.")  # fmt: skip
 @click.option("--quick", is_flag=True,
-              help="Alpha 1 and 0.5 at 224 and 128 alone, three rounds: a quarter of a minute.")  # fmt: skip
+              help="Alpha 1 and 0.5 at 224 and 128 alone, three rounds each.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(min=1), help="Of timing; default: what fits 1.5 s.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: torch's choice.")
 @click.option("--weights", type=click.Path(path_type=Path), metavar="FOLDER",

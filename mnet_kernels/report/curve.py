@@ -72,9 +72,6 @@ def draw_tradeoff(result: Mapping[str, Any], kind: str) -> bytes:
     axes.scatter(swapped, top1, color="#0b7a75", label="with mnet_kernels")
     front = figures.pareto(list(zip(swapped, top1, strict=True)))
     axes.plot(*zip(*front, strict=True), color="#0b7a75", alpha=0.5, zorder=0)
-    for row, x, y in zip(rows, swapped, top1, strict=True):
-        axes.annotate(row["label"], (x, y), (-5, 3), textcoords="offset points", ha="right",
-                      fontsize=7)  # fmt: skip
     kinds = " and ".join(sorted({row["accuracy"]["kind"] for row in rows}))
     axes.set(
         xscale="log",
@@ -83,7 +80,19 @@ def draw_tradeoff(result: Mapping[str, Any], kind: str) -> bytes:
         ylabel=f"ImageNet top-1, % ({kinds})",
     )
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")
+    figure.draw_without_rendering()  # settles where everything is
+    taken: list[Any] = []
+    spots = sorted(zip(top1, swapped, (row["label"] for row in rows), strict=True), reverse=True)
+    for y, x, text in spots:
+        for dx, dy, side in ((-5, 3, "right"), (6, -9, "left"), (-5, -9, "right"), (6, 3, "left")):
+            label = axes.annotate(text, (x, y), (dx, dy), textcoords="offset points",
+                                  ha=side, fontsize=7)  # fmt: skip
+            box = label.get_window_extent()
+            if not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            label.remove()
     picture = io.BytesIO()
     figure.savefig(picture, format=kind, dpi=130)
     return picture.getvalue()

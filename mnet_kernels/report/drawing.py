@@ -247,7 +247,7 @@ def plot(
         taken.append((px - 4, py - 4, px + 4, py + 4))
         if mark.label:
             spots.append((px, py, mark.label))
-    for px, py, label in spots:
+    for px, py, label in sorted(spots, key=lambda spot: spot[1]):  # from the top
         _label(drawing, taken, (px, py), label, (left, top, right, bottom))
     return drawing
 
@@ -255,12 +255,12 @@ def plot(
 def _label(
     drawing: Drawing, taken: list[_Box], point: Point, label: str, inside: _Box
 ) -> None:  # fmt: skip
-    """Right of the point, else left, above, below; nowhere if it would cover something."""
+    """Left of the point, else right, above, below; nowhere if it would cover something."""
     px, py = point
     wide = text_width(label)
     places = (
-        (px + 7, py + 4, "start", px + 7),
         (px - 7, py + 4, "end", px - 7 - wide),
+        (px + 7, py + 4, "start", px + 7),
         (px, py - 9, "middle", px - wide / 2),
         (px, py + 17, "middle", px - wide / 2),
     )

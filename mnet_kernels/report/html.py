@@ -182,11 +182,13 @@ def _limits(evidence: Evidence) -> list[dict[str, Any]]:
 
 def _tradeoff(number: int, result: dict[str, Any]) -> dict[str, Any]:
     drawn = figures.tradeoff(result)
-    settings = result.get("settings", {})
-    lead = words.tradeoff(result)
-    if "batch" in settings:
-        lead += f" Pictures a second and peak memory are of batch {settings['batch']}."
+    batch = result.get("settings", {}).get("batch", "several")
+    lead = (
+        "MobileNet V1 by width multiplier and resolution (0.75-192: alpha 0.75, pictures of "
+        "192 x 192), and what the paper compares it with, in native PyTorch and swapped. "
+        f"Pictures a second and peak memory at batch {batch}."
+    )
     return _section(
-        f"tradeoff{number or ''}", "The trade-off: width, resolution, accuracy, speed", lead,
-        [drawn] if drawn else [], wide=True, table=tables.tradeoff(result), notes=tables.sources(result),
+        f"tradeoff{number or ''}", "Trade-off", lead, [drawn] if drawn else [], wide=True,
+        table=tables.tradeoff(result), notes=tables.sources(result),
     )  # fmt: skip

@@ -31,8 +31,9 @@ LEGEND = (
 )
 
 TRADEOFF_LEGEND = (
-    "native > swapped; native is the faster of its two layouts. ms: a picture alone; peak: memory "
-    "that a process of its own holds beyond what it needs without the network; *: published."
+    "native > swapped; native is the faster of its two layouts. ms: a picture alone; pictures/s: "
+    "{batch} at a time; peak: memory that a process of its own holds then, beyond what it holds "
+    "without the network; *: published."
 )
 
 
@@ -95,10 +96,9 @@ def print_labels(console: Console, photographs: list[dict[str, Any]]) -> None:
 
 def print_tradeoff(console: Console, result: dict[str, Any]) -> None:
     """A line a network: its size, what it costs native > swapped, and its accuracy."""
-    batch = result["settings"]["batch"]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("network", no_wrap=True)
-    headings = ("params", "madds", "top-1", "ms", "", f"pictures/s, N={batch}", "", "peak MB")
+    headings = ("params", "madds", "top-1", "ms", "", "pictures/s", "", "peak MB")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in result["rows"]:
@@ -119,7 +119,8 @@ def print_tradeoff(console: Console, result: dict[str, Any]) -> None:
             "-" if None in peaks else " > ".join(f"{peak / 1e6:.0f}" for peak in peaks),
         )
     console.print(table, Text(), sep="\n")
-    console.print(Text(TRADEOFF_LEGEND, style="dim"))
+    legend = TRADEOFF_LEGEND.format(batch=result["settings"]["batch"])
+    console.print(Text(legend, style="dim"))
     for source in sources(result):
         console.print(Text(source, style="dim"))
 
