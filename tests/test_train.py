@@ -296,6 +296,7 @@ def test_a_run_leaves_its_files_and_learns(fashion, tmp_path):
     assert held["rows"][-1]["validation_accuracy"] == best
     if pytest.importorskip("matplotlib"):
         assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+        assert "Training curves" in (tmp_path / "report.html").read_text()
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -795,5 +796,5 @@ def test_without_matplotlib_there_is_no_curve_and_a_line_says_so(
     text = capsys.readouterr().out
     assert "No curve.png: matplotlib is needed here and not installed" in text
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "best.pt", "checkpoint.pt", "metrics.csv",
+        "best.pt", "checkpoint.pt", "metrics.csv", "report.html",
     ]  # fmt: skip

@@ -86,12 +86,16 @@ def tradeoff(
     if quick:
         settings |= {"alphas": (1.0, 0.5), "sizes": (224, 128), "others": False, "rounds": 3}
     chosen = trading.Settings(**settings)
+    networks = trading.networks(chosen)
     if plot_file is not None:
         curve.check_kind(plot_file)
+        if chosen.weights is None and not any(network.published() for network in networks):
+            raise click.BadParameter(
+                "expected networks whose accuracy is published, or --weights", param_hint="--plot"
+            )
     set_threads(threads)
-    names = len(trading.networks(chosen))
     click.echo(
-        f"Measures {names} networks, native and swapped: about "
+        f"Measures {len(networks)} network{'s' if len(networks) > 1 else ''}, native and swapped: about "
         f"{max(0.25, round(4 * trading.minutes(chosen)) / 4):g} minutes on two cores."
     )
     with progress() as notify:

@@ -71,7 +71,7 @@ def draw_tradeoff(result: Mapping[str, Any], kind: str) -> bytes:
     axes.scatter(native, top1, marker="s", color="0.6", label="native PyTorch, the faster layout")
     axes.scatter(swapped, top1, color="#0b7a75", label="with mnet_kernels")
     front = figures.pareto(list(zip(swapped, top1, strict=True)))
-    axes.plot(*zip(*front, strict=True), color="#0b7a75", alpha=0.5, zorder=0)
+    axes.plot([x for x, _ in front], [y for _, y in front], color="#0b7a75", alpha=0.5, zorder=0)
     kinds = " and ".join(sorted({row["accuracy"]["kind"] for row in rows}))
     axes.set(
         xscale="log",
