@@ -94,9 +94,10 @@ def tradeoff(
                 "expected networks whose accuracy is published, or --weights", param_hint="--plot"
             )
     set_threads(threads)
+    quarters = max(1, round(4 * trading.minutes(chosen)))
     click.echo(
-        f"Measures {len(networks)} network{'s' if len(networks) > 1 else ''}, native and swapped: about "
-        f"{max(0.25, round(4 * trading.minutes(chosen)) / 4):g} minutes on two cores."
+        f"Measures {len(networks)} network{'s' if len(networks) > 1 else ''}, native and swapped: "
+        f"about {quarters / 4:g} minutes on two cores."
     )
     with progress() as notify:
         result = trading.tradeoff(chosen, notify)

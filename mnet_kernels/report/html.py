@@ -75,10 +75,10 @@ def _tiles(evidence: Evidence) -> list[tuple[str, str]]:
 
 
 def _section(
-    anchor: str, title: str, lead: str, drawn: Sequence[Figure] = (), **more: Any
+    anchor: str, title: str, lead: str, *drawn: Sequence[Figure], **more: Any
 ) -> dict[str, Any]:
-    """What the template shows as one section; ``folded`` figures and ``table`` are optional."""
-    return {"anchor": anchor, "title": title, "lead": lead, "figures": list(drawn),
+    """What the template shows as one section: figures, a grid or more, ``folded`` ones, a table."""
+    return {"anchor": anchor, "title": title, "lead": lead, "grids": list(filter(None, drawn)),
             "folded": [], "table": None, "notes": (), "wide": False, **more}  # fmt: skip
 
 
@@ -106,7 +106,8 @@ def _sections(evidence: Evidence) -> list[dict[str, Any]]:
                     f"{kind}s",
                     title,
                     bars,
-                    [*drawn, *panels[:2]],
+                    drawn,
+                    panels[:2],
                     folded=panels[2:],
                     fold=_more(len(panels) - 2, "network" if kind == "network" else "step"),
                 )
