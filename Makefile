@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := -c constraints.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help install demo test bench gpu readme lint format clean
+.PHONY: help install demo test bench gpu readme report lint format clean
 help:
 	@echo "make install   set up $(VENV): torch and the rest, and build the kernels"
 	@echo "make demo      a pretrained MobileNet on real photographs: native against swapped"
@@ -16,6 +16,7 @@ help:
 	@echo "make gpu       on a machine with a GPU, without network and $(VENV): build with $(PYTHON) and"
 	@echo "               its torch, test, sanitize, benchmark; GPU='--stages build,tests' chooses"
 	@echo "make readme    renew the README's tables from the committed results"
+	@echo "make report    report.html of the committed results, and its picture for the README"
 	@echo "make lint      ruff, mypy, clang-format: report; make format: repair"
 
 install: $(VENV)/.built
@@ -67,6 +68,13 @@ gpu:
 
 readme: install
 	@$(BIN)/python benchmarks/tables.py $(RESULTS) --write README.md
+
+CHROMIUM ?= chromium
+report: install
+	@$(BIN)/mnet-kernels report $(RESULTS) benchmarks/results/tradeoff.json -o report.html
+	@$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1280,1600 \
+	  --screenshot=docs/report.png file://$(CURDIR)/report.html 2> /dev/null \
+	  || echo "   docs/report.png stays as it is: no $(CHROMIUM) here"
 
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 lint: install

@@ -45,7 +45,8 @@ Notify = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compare. ``layout`` is the one the swapped model is given."""
+    """How to compare. ``layout`` is the one the swapped model is given; without ``layers`` only
+    whole networks are compared."""
 
     batches: tuple[int, ...] = (1,)
     dtype: str = "float32"
@@ -54,6 +55,7 @@ class Settings:
     device: str = "cpu"
     rounds: int | None = None
     budget_s: float = 4.0
+    layers: bool = True
 
 
 def compare(
@@ -85,7 +87,7 @@ def compare(
             x = _inputs(subject, photographs, batch, settings)
             with torch.inference_mode():
                 rows.append(_network(subject, models, x, batch, settings, photographs, tell))
-                if batch == settings.batches[0]:
+                if settings.layers and batch == settings.batches[0]:
                     layers += _layers(subject, models, x[:batch], settings, tell)
     return {"schema": 1, "environment": environment(), "rows": rows, "layers": layers}
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mnet_kernels import backends, checkpoint, datasets
+from mnet_kernels import backends, checkpoint, datasets, report
 from mnet_kernels.batches import (
     AUGMENTATION,
     DROPOUT,
@@ -43,6 +43,7 @@ from mnet_kernels.models import mobilenet_v1
 from mnet_kernels.recipe import DECISIVE, LAYOUTS, PRECISIONS, Recipe, augment, nadam, scale, step
 from mnet_kernels.report import curve
 from mnet_kernels.swap import swap
+from mnet_kernels.timing import environment
 
 #: On a GPU the losses are read this often only: reading waits for the device.
 READ_EVERY = 20
@@ -83,7 +84,7 @@ def train(
     on_step: Callable[[Progress], None] = lambda progress: None,
     on_epoch: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Train, and leave checkpoint.pt, best.pt, metrics.csv and curve.png in ``output``.
+    """Train; leave checkpoint.pt, best.pt, metrics.csv, curve.png, report.html in ``output``.
 
     Args:
         output: a folder; made where it is missing. Without ``resume`` it must hold no run.
@@ -315,11 +316,19 @@ class _Run:
         if row["epoch"] % DRAW_EVERY and row["epoch"] != self.recipe.epochs:
             return
         title = f"MobileNet V1, alpha {self.recipe.alpha:g}, {self.images.spec}"
+        here = {self.output.name: self._environment | dataclasses.asdict(self.recipe)}
+        run = report.Run(self.output.name, self.rows)
+        page = report.render(report.Evidence(runs=[run], environments=here), title)
+        checkpoint.write_atomically(self.output / "report.html", page.encode())
         try:
             picture = curve.draw(self.rows, title)
         except InputError:  # matplotlib is an extra; the command says so before it starts
             return
         checkpoint.write_atomically(self.output / "curve.png", picture)
+
+    @functools.cached_property
+    def _environment(self) -> dict[str, Any]:
+        return environment()
 
     @functools.cached_property
     def _board(self) -> Any:

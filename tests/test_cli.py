@@ -63,6 +63,19 @@ BAD_INPUT = [
     ("compare --html {tmp}", ["'--html'", "expected a file to write, got the directory"]),
     ("demo --html {tmp}", ["'--html'", "expected a file to write, got the directory"]),
     ("demo --html {tmp}/x.html --weights {text}", ["expected a PyTorch state dict"]),
+    ("tradeoff --alpha x", ["'--alpha'", "expected numbers from 0.03125, got 'x'"]),
+    ("tradeoff --alpha 1,nan", ["'--alpha'", "got '1,nan'"]),
+    ("tradeoff --size 224,8", ["'--size'", "expected whole numbers from 32, got '224,8'"]),
+    ("tradeoff --batch 0", ["'--batch'", "0 is not in the range"]),
+    ("tradeoff --plot {tmp}/x.doc", ["x.doc: expected a suffix of", "png", "svg"]),
+    (
+        "tradeoff --size 64 --no-others --plot {tmp}/x.png",
+        ["--plot: expected networks whose accuracy is published"],
+    ),
+    ("tradeoff --json {tmp}/none/x.json", ["'--json'", "none/x.json: no such directory"]),
+    ("tradeoff --weights {tmp}", ["weights and data: expected both or neither, got one"]),
+    ("tradeoff --weights {text} --data imagefolder:{tmp}", ["text: expected a folder"]),
+    ("tradeoff --weights {tmp} --data imagefolder:x", ["mobilenet_7_5_192_tf.h5", "got cut.jpg"]),
     ("summary --alpha nan", ["--alpha", "got nan"]),
     ("summary --size 1", ["'--size'", "1 is not in the range"]),
     ("summary --classes 0", ["'--classes'", "0 is not in the range"]),
@@ -166,7 +179,9 @@ def test_help_comes_without_the_heavy_packages():
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("info", "summary", "compare", "demo"))
+    assert all(
+        command in done.stdout for command in ("info", "summary", "compare", "demo", "report")
+    )
 
 
 def test_no_command_prints_the_help(capsys):

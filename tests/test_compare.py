@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 import time
-from html.parser import HTMLParser
 
 import pytest
 import torch
+from test_report import Page
 from torch import nn
 
 from mnet_kernels import compare as comparing
@@ -216,44 +217,18 @@ def test_weights_of_another_model_name_the_first_difference(tmp_path, tiny):
 # ---- the report ----
 
 
-class Page(HTMLParser):
-    """Checks that tags nest, and collects what a browser would fetch."""
-
-    VOID = ("meta", "br", "rect", "line")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.fetched: list[str] = []
-        self.pictures: list[dict] = []
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.fetched += [found[key] for key in ("src", "href", "data") if key in found]
-        if tag == "svg":
-            self.pictures.append(found)
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        assert tag in self.VOID
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+def page_of(result) -> str:
+    return report.render(report.of("comparison", result))
 
 
-def test_the_report_is_one_page_that_needs_nothing_else(tmp_path, result):
-    path = tmp_path / "report.html"
-    report.write(result, path)
-    text = path.read_text(encoding="utf-8")
-    page = Page()
-    page.feed(text)
-    assert page.open == []
-    assert page.fetched == []
-    assert not any(word in text for word in ("http:", "https:", "<script", "@import", "url("))
-    assert len(page.pictures) == len(result["rows"])
-    assert all("swapped" in picture["aria-label"] for picture in page.pictures)
+def test_the_report_has_every_network_and_layer(result):
+    text = page_of(result)
+    Page(text)
     assert "The answers are the same" in text
+    table = text[text.index('id="rows"') :]
+    rows = result["rows"] + result["layers"]
+    assert table[: table.index("</table>")].count("<tr>") == 1 + len(rows)
+    assert "conv_dw_13" in table
 
 
 def test_the_report_shows_photographs_and_escapes_names(monkeypatch):
@@ -263,7 +238,7 @@ def test_the_report_shows_photographs_and_escapes_names(monkeypatch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
     image = data.demo_photographs()[0].image
     fed = Subject("linear", model, 8, "random", trained=True)
-    text = report.render(compare([fed], QUICK, [Photograph("<img>", image)]))
+    text = page_of(compare([fed], QUICK, [Photograph("<img>", image)]))
     assert "cat &amp; &lt;b&gt;mouse" in text
     assert "&lt;img&gt;" in text
     assert "50.0&nbsp;%" in text
@@ -273,6 +248,6 @@ def test_the_report_says_when_answers_differ(result):
     wrong = json.loads(json.dumps(result))
     wrong["rows"][0] |= {"ok": False}
     wrong["rows"][0]["error"]["swapped"] = None
-    text = report.render(wrong)
+    text = page_of(wrong)
     assert "The answers differ: 1 of" in text
-    assert '<td class="wrong">not finite</td>' in text
+    assert re.search(r'<td class="number slower" data-value="inf">not finite</td>', text)

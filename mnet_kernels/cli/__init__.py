@@ -1,4 +1,4 @@
-"""The command ``mnet-kernels``: info, summary, compare, demo, train, evaluate.
+"""The command ``mnet-kernels``: info, summary, compare, demo, train, evaluate, tradeoff, report.
 
 Exit status: 0; 1 where answers differ; 2 for input that cannot be used and runs that cannot go on,
 with one line that says what was expected; 130 after Ctrl-C. A broken pipe is quiet, which click and
@@ -16,6 +16,8 @@ import click
 
 from mnet_kernels.cli.common import BAD_INPUT, INTERRUPTED, NOT_BUILT, Command, fail
 from mnet_kernels.cli.comparing import compare, demo
+from mnet_kernels.cli.reporting import report
+from mnet_kernels.cli.trading import tradeoff
 from mnet_kernels.cli.training import evaluate, train
 
 __all__ = ["NOT_BUILT", "cli", "main"]
@@ -93,5 +95,5 @@ def summary(alpha: float, size: int, classes: int) -> None:
         click.echo(table.render())
 
 
-for command in (compare, demo, train, evaluate):
+for command in (compare, demo, train, evaluate, tradeoff, report):
     cli.add_command(command)

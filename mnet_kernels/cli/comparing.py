@@ -205,7 +205,9 @@ def _finish(result: dict[str, Any], json_file: Path | None, html_file: Path | No
         json_file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
         click.echo(f"Result: {json_file}")
     if html_file is not None:
-        report.write(result, html_file)
+        report.write(
+            report.of("comparison", result), html_file, "Native PyTorch against mnet_kernels"
+        )
         click.echo(f"Report: {html_file}")
     wrong = failures(result)
     for sentence in wrong:

@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mnet_kernels.report.tables import sources
 from mnet_kernels.report.words import (
     WAYS,
     environment_text,
     error_text,
     ms_text,
+    size_text,
     time_text,
     top5_text,
     verdict,
@@ -26,6 +28,12 @@ LEGEND = (
     "ms: median (20th-80th percentile) of interleaved rounds; speed-up: against the faster native, "
     "marked *, pair by pair; error: largest difference to float64, relative to the largest output; "
     "top-5: how many images get the same five best classes in the same order."
+)
+
+TRADEOFF_LEGEND = (
+    "native > swapped; native is the faster of its two layouts. ms: a picture alone; pictures/s: "
+    "{batch} at a time; peak: memory that a process of its own holds then, beyond what it holds "
+    "without the network; *: published."
 )
 
 
@@ -84,6 +92,37 @@ def print_labels(console: Console, photographs: list[dict[str, Any]]) -> None:
         )
         table.add_section()
     console.print(table)
+
+
+def print_tradeoff(console: Console, result: dict[str, Any]) -> None:
+    """A line a network: its size, what it costs native > swapped, and its accuracy."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("network", no_wrap=True)
+    headings = ("params", "madds", "top-1", "ms", "", "pictures/s", "", "peak MB")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        accuracy = row["accuracy"]
+        ms = [row["latency_ms"][way]["median"] for way in (row["best_native"], "swapped")]
+        rates = [row["images_per_second"][way] for way in ("native", "swapped")]
+        peaks = [row["peak_bytes"][way] for way in ("native", "swapped")]
+        mark = "" if not accuracy else "" if accuracy["kind"] == "measured" else "*"
+        table.add_row(
+            row["label"],
+            size_text(row["params"]),
+            size_text(row["multiply_adds"]),
+            f"{accuracy['top1']:.1%}{mark}" if accuracy else "-",
+            " > ".join(map(ms_text, ms)),
+            _speed(row["latency_speedup"]),
+            " > ".join(f"{rate:,.0f}" for rate in rates),
+            _speed(row["throughput_speedup"]),
+            "-" if None in peaks else " > ".join(f"{peak / 1e6:.0f}" for peak in peaks),
+        )
+    console.print(table, Text(), sep="\n")
+    legend = TRADEOFF_LEGEND.format(batch=result["settings"]["batch"])
+    console.print(Text(legend, style="dim"))
+    for source in sources(result):
+        console.print(Text(source, style="dim"))
 
 
 def print_verdict(console: Console, result: dict[str, Any]) -> None:

@@ -1,8 +1,14 @@
-"""How a comparison is put in words: one place, for the terminal and the page."""
+"""How results are put in words: one place, for the terminal and the page."""
 
 from __future__ import annotations
 
-from typing import Any
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mnet_kernels.report.results import Evidence
+    from mnet_kernels.report.rows import Row
 
 #: The ways to run, and what readers call them.
 WAYS = {
@@ -74,4 +80,132 @@ def top5_text(answers: dict[str, int]) -> str:
 
 def environment_text(environment: dict[str, Any]) -> dict[str, str]:
     """Facts that are known, with their labels."""
-    return {key.replace("_", " "): str(value) for key, value in environment.items() if value}
+    told = {key.replace("_", " "): _fact_text(value) for key, value in environment.items()}
+    return {key: text for key, text in told.items() if text}
+
+
+def _fact_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_fact_text(v)}" for key, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_fact_text, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None or value is False else str(value)
+
+
+def us_text(us: float) -> str:
+    """Microseconds, or milliseconds from 1000 on, with their unit."""
+    return f"{ms_text(us / 1e3)} ms" if us >= 1000 else f"{us:.1f} µs"
+
+
+def names(way: str) -> str:
+    """What readers call a way to run a row: ours has the package's name."""
+    return f"mnet_kernels{way[4:]}" if way.split(" ")[0] == "ours" else way
+
+
+def percent_text(fraction: float | None) -> str:
+    return "" if fraction is None else f"{fraction:.0%}"
+
+
+def size_text(count: float) -> str:
+    """A large number with its unit: 4.2 M, 569 M, 15.5 G."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            value = count / size
+            return f"{value:.{2 if value < 1 else 1 if value < 100 else 0}f} {unit}"
+    return f"{count:.0f}"
+
+
+#: Kinds of rows, and how a sentence begins that is about all rows of the kind.
+KINDS = {
+    "network": "Whole networks",
+    "layer": "Single layers",
+    "pair": "Depthwise + pointwise pairs",
+    "training": "Training steps",
+}
+
+
+def summary(evidence: Evidence) -> list[str]:
+    """The page in a few sentences, losses as plain as gains."""
+    said = []
+    for kind, words in KINDS.items():
+        rows = [row for row in evidence.rows if row.kind == kind]
+        if rows:
+            said.append(f"{words}: {_speeds(rows)}")
+    if evidence.rows:
+        said.append(_errors(evidence.rows))
+    for row in evidence.rows:
+        if row.kind == "overhead":
+            said.append(
+                f"The smallest call takes {us_text(row.us['ours'].median)}, that of {row.best} "
+                f"{us_text(row.us[row.best].median)}."
+            )
+            break
+    for run in evidence.runs:
+        best = max(run.rows, key=lambda r: r["validation_accuracy"])
+        last = run.rows[-1]
+        said.append(
+            f"The run {run.name} reached {best['validation_accuracy']:.1%} of the validation "
+            f"pictures at best (epoch {best['epoch']:.0f}) and ended at "
+            f"{last['validation_accuracy']:.1%}."
+        )
+    for result in evidence.tradeoffs:
+        said.append(tradeoff(result))
+    return said
+
+
+def _speeds(rows: Sequence[Row]) -> str:
+    mean = statistics.geometric_mean(row.speedup.median for row in rows)
+    counts = {
+        verdict: [row for row in rows if row.verdict == verdict]
+        for verdict in ("faster", "slower", "noise")
+    }
+    faster = len(counts["faster"])
+    wins = "all" if faster == len(rows) else f"{faster}"
+    text = (
+        f"{mean:.2f} times as fast as the fastest of the others (geometric mean); "
+        f"{wins} of {len(rows)} {'is' if wins == '1' else 'are'} faster"
+    )
+    if counts["noise"]:
+        text += f", {len(counts['noise'])} within noise"
+    if counts["slower"]:
+        worst = min(counts["slower"], key=lambda row: row.speedup.median)
+        text += (
+            f", {len(counts['slower'])} slower (the worst, {worst.name}, at "
+            f"{worst.speedup.median:.2f} times)"
+        )
+    others = [(value, layout) for row in rows for layout, value in row.others.items()]
+    lost = [layout for value, layout in others if value < 1]
+    if lost:
+        text += f". In the other layout ({lost[0]}) {len(lost)} of {len(others)} are slower"
+    return f"{text}."
+
+
+def _errors(rows: Sequence[Row]) -> str:
+    wrong = [row for row in rows if not row.ok]
+    if wrong:
+        return f"Answers differ in {len(wrong)} of {len(rows)} rows: {wrong[0].name} is the first."
+    by_dtype: dict[str, float] = {}
+    for row in rows:
+        error = row.error.get("ours")
+        if error:
+            dtype = row.facets.get("dtype") or "float32"
+            by_dtype[dtype] = max(by_dtype.get(dtype, 0.0), error)
+    if not by_dtype:
+        return "No error was recorded."
+    told = ", ".join(f"{error_text(error)} in {dtype}" for dtype, error in by_dtype.items())
+    return f"Answers are right: against float64 our largest error is {told}."
+
+
+def tradeoff(result: dict[str, Any]) -> str:
+    """How much swapping gives over the whole table, in a sentence."""
+    rows = result["rows"]
+    speeds = [row["latency_speedup"]["median"] for row in rows]
+    small, large = min(speeds), max(speeds)
+    slower = [row["label"] for row in rows if row["latency_speedup"]["p80"] < 1]
+    lost = f"; slower: {', '.join(slower)}" if slower else ""
+    return (
+        f"The trade-off of {len(rows)} networks at batch 1: swapped, they are {small:.2f} to "
+        f"{large:.2f} times as fast as native PyTorch{lost}."
+    )

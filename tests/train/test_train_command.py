@@ -62,5 +62,5 @@ def test_without_matplotlib_there_is_no_curve_and_a_line_says_so(
     text = capsys.readouterr().out
     assert "No curve.png: matplotlib is needed here and not installed" in text
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "best.pt", "checkpoint.pt", "metrics.csv",
+        "best.pt", "checkpoint.pt", "metrics.csv", "report.html",
     ]  # fmt: skip

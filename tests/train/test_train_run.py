@@ -33,6 +33,7 @@ def test_a_run_leaves_its_files_and_learns(fashion, tmp_path):
     assert held["rows"][-1]["validation_accuracy"] == best
     if pytest.importorskip("matplotlib"):
         assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+        assert "Training curves" in (tmp_path / "report.html").read_text()
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -1,0 +1,229 @@
+"""One kind of row for every result: of `make bench`, `make gpu` and `mnet-kernels compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: The name that rows give to this package's own time; the other layout's has it before its name.
+OURS = "ours"
+COPY = "copy"
+#: Facets that tell groups of rows apart, in the order in which a title names them.
+FACETS = ("model", "dtype", "batch", "direction", "layout", "threads", "cache", "malloc", "gpu")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and its 20th and 80th percentile."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def read(told: Mapping[str, Any]) -> Spread:
+        median = float(told["median"])
+        spread = Spread(median, float(told.get("p20", median)), float(told.get("p80", median)))
+        if not 0 < spread.low <= spread.high < float("inf"):
+            raise ValueError(f"expected positive numbers, got {dict(told)}")
+        return spread
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of a result says. ``us``: microseconds a call of every way to run it."""
+
+    kind: str  #: layer, pair, network, training, overhead
+    name: str
+    facets: Mapping[str, str]
+    us: Mapping[str, Spread]
+    best: str  #: the fastest of the others
+    speedup: Spread  #: against it, round by round
+    verdict: str  #: faster, slower, noise
+    error: Mapping[str, float | None]  #: to float64, relative to the largest output
+    flops: float | None = None
+    bytes: float | None = None
+    of_copy: float | None = None
+    of_matrix: float | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+    #: Only of a comparison: what error is allowed, equal top-5, where the weights are from, ...
+    allowed: float | None = None
+    ok: bool = True
+    top5: str = ""
+    weights: str = ""
+    fused: int | None = None
+    pattern: str = ""
+
+    @property
+    def peers(self) -> list[str]:
+        """The ways that are not ours."""
+        return [way for way in self.us if way != COPY and not way.startswith(OURS)]
+
+    @property
+    def others(self) -> dict[str, float]:
+        """Our other layouts' speed-ups, medians over medians."""
+        best = self.us[self.best].median
+        return {
+            way.removeprefix(OURS).strip(): best / spread.median
+            for way, spread in self.us.items()
+            if way.startswith(f"{OURS} ")
+        }
+
+
+def verdict_of(speedup: Spread) -> str:
+    """A win or a loss only where four fifths of the rounds say so."""
+    if speedup.low > 1:
+        return "faster"
+    return "slower" if speedup.high < 1 else "noise"
+
+
+def of_benchmarks(result: Mapping[str, Any], malloc: bool) -> list[Row]:
+    """Rows of pytest-benchmark's JSON, see benchmarks/README.md; older ones lack some keys."""
+    found = []
+    for number, benchmark in enumerate(result["benchmarks"]):
+        told = benchmark["extra_info"]
+        if "us" not in told:
+            continue  # a benchmark of another kind
+        try:
+            found.append(_benchmark(told, malloc))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            name = benchmark.get("name", number)
+            raise ValueError(f"row {name} cannot be read: {_said(error)}") from None
+    return found
+
+
+def _benchmark(told: Mapping[str, Any], malloc: bool) -> Row:
+    us = {way: Spread.read(spread) for way, spread in told["us"].items()}
+    speedup = Spread.read(told["speedup"])
+    network = told["kind"] in ("network", "training")
+    facets = {
+        "model": "" if network else str(told.get("model", "")),
+        "dtype": str(told["dtype"]),
+        "batch": "" if network else f"batch {told['batch']}",
+        "direction": str(told.get("direction", "forward")).replace("+", " + "),
+        "layout": str(told.get("layout", "" if network else "channels_last")),
+        "threads": _counted(told.get("threads"), "thread"),
+        "cache": str(told.get("cache", "")),
+        "malloc": "tuned malloc" if malloc else "default malloc" if network else "",
+    }
+    name = f"{told.get('model')}, {told.get('size')} px, batch {told['batch']}"
+    return Row(
+        kind=str(told["kind"]),
+        name=name if network else _shape(told["shape"], told.get("out_channels")),
+        facets=facets,
+        us=us,
+        best=_known(told["best_peer"], us),
+        speedup=speedup,
+        verdict=str(told.get("verdict") or verdict_of(speedup)),
+        error=_errors(told.get("error", {})),
+        flops=told.get("flops"),
+        bytes=told.get("bytes"),
+        of_copy=told.get("fraction_of_copy"),
+        of_matrix=told.get("fraction_of_matrix"),
+        missing=dict(told.get("missing_peers") or {}),
+    )
+
+
+def of_gpu(result: Mapping[str, Any]) -> list[Row]:
+    """Layers of `make gpu`'s result: a row a layout."""
+    found = []
+    for told in result["stages"].get("layers", {}).get("rows", []):
+        us = {way: Spread.read(spread) for way, spread in told["us"].items()}
+        for layout in ("channels_last", "contiguous"):
+            if layout not in told:
+                continue  # it was wrong, and not timed
+            speedup = Spread.read(told[layout]["against_best_peer"])
+            peers = {way: spread for way, spread in us.items() if not way.startswith(OURS)}
+            error = {w: e for w, e in told["error"].items() if not w.startswith(OURS)}
+            found.append(
+                Row(
+                    kind="layer",
+                    name=_shape(told["shape"]),
+                    facets={
+                        "model": told["model"],
+                        "dtype": told["dtype"],
+                        "batch": f"batch {told['batch']}",
+                        "layout": layout,
+                        "cache": "cold" if told.get("cold") else "in L2",
+                        "gpu": "GPU",
+                    },
+                    us={OURS: us[f"{OURS} {layout}"], **peers},
+                    best=_known(told["best_peer"], us),
+                    speedup=speedup,
+                    verdict=verdict_of(speedup),
+                    error=_errors(error | {OURS: told["error"].get(f"{OURS} {layout}")}),
+                    bytes=told.get("bytes"),
+                    of_copy=told[layout].get("fraction_of_copy"),
+                )
+            )
+    return found
+
+
+def of_comparison(result: Mapping[str, Any]) -> list[Row]:
+    """Networks and layers of :func:`mnet_kernels.compare.compare`'s result."""
+    ways = {"swapped": OURS}
+    found = []
+    for told in [*result["rows"], *result["layers"]]:
+        layer = "layer" in told
+        us = {
+            ways.get(way, way).replace("_", " ", 1): Spread.read(_scaled(time, 1000))
+            for way, time in told["time_ms"].items()
+        }
+        speedup = Spread.read(told["speedup"])
+        error = {ways.get(k, k).replace("_", " ", 1): v for k, v in told["error"].items()}
+        answers = told.get("answers")
+        found.append(
+            Row(
+                kind="layer" if layer else "network",
+                name=told["layer"] if layer else f"{told['model']}, batch {told['batch']}",
+                facets={
+                    "model": told["model"] if layer else "",
+                    "dtype": str(told.get("dtype", "")),
+                    "batch": f"batch {told['batch']}" if layer else "",
+                },
+                us=us,
+                best=_known(told["best_native"].replace("_", " ", 1), us),
+                speedup=speedup,
+                verdict=verdict_of(speedup),
+                error={k: v for k, v in error.items() if k != "tolerance"},
+                allowed=error.get("tolerance"),
+                ok=bool(told["ok"]),
+                top5=f"{answers['top5_same']}/{answers['images']}" if answers else "",
+                weights=str(told.get("weights", "")),
+                fused=told.get("fused"),
+                pattern=str(told.get("pattern", "")),
+            )
+        )
+    return found
+
+
+def _scaled(spread: Mapping[str, Any], by: float) -> dict[str, float]:
+    return {key: by * float(spread[key]) for key in ("median", "p20", "p80") if key in spread}
+
+
+def _shape(shape: list[int], out_channels: int | None = None) -> str:
+    """``512 · 14² · s1``; the kernel too where it is not 3x3."""
+    channels, height, width, kernel, stride = shape[:5]
+    grid = f"{height}²" if height == width else f"{height}x{width}"
+    taps = "" if kernel == 3 else f"{kernel}x{kernel} "
+    wide = f"{channels}→{out_channels}" if out_channels else f"{channels}"
+    return f"{wide} · {grid} · {taps}s{stride}"
+
+
+def _errors(told: Mapping[str, Any]) -> dict[str, float | None]:
+    return {way: None if e is None else float(e) for way, e in told.items()}
+
+
+def _known(way: str, us: Mapping[str, Spread]) -> str:
+    if way not in us:
+        raise ValueError(f"its best peer {way!r} was not timed")
+    return way
+
+
+def _counted(number: int | None, what: str) -> str:
+    return "" if number is None else f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def _said(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
