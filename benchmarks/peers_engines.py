@@ -10,12 +10,11 @@ import importlib
 import os
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from peers import Case, Missing, Peer, Ready
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnet_kernels.timing import version
 
@@ -193,6 +192,6 @@ def _silent() -> Iterator[None]:
 ENGINES = [
     Peer("ONNX Runtime", "engine", onnx_runtime),
     Peer("OpenVINO", "engine", openvino),
-    Peer("ncnn", "engine", ncnn),
+    Peer("ncnn", "engine", ncnn, slow=True),
     Peer("XNNPACK", "engine", xnnpack, slow=True),
 ]
