@@ -17,6 +17,7 @@ import torch
 from machine import SETTLE_S, bound, ceilings, last_level_cache, note
 from peers import TORCH, Case, Missing, Ready
 from peers_engines import ENGINES, versions
+from result_files import FORMAT
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -29,7 +30,6 @@ PEERS = [*TORCH, *ENGINES]
 FAMILIES = {peer.name: peer.family for peer in PEERS}
 #: In this order the rows run: what matters most first, should the time be up before the end.
 ORDER = ["test_networks", "test_pairs", "test_layers", "test_training"]
-FORMAT = 2  # of extra_info; 1: before threads, cache and engines
 
 
 def pytest_addoption(parser):
