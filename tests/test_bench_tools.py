@@ -136,12 +136,12 @@ def test_tables_leave_a_bad_file_out(write, capsys):
 
 
 def test_tables_replace_the_marked_part_only(write):
-    page = write("page.md", "a\n<!-- measured: begin -->\nold\n<!-- measured: end -->\nb\n")
+    page = write("page.md", "a\n<!-- measured: begin -->\nstale\n<!-- measured: end -->\nb\n")
     good = write("good.json", result(row(100.0)))
     assert tables.main([good, "--write", page]) == 0
     text = Path(page).read_text()
     assert text.startswith("a\n<!--") and text.endswith("<!-- measured: end -->\nb\n")
-    assert "old" not in text and "| 32, 112, 1 |" in text
+    assert "stale" not in text and "| 32, 112, 1 |" in text
     assert tables.main([good, "--write", write("bare.md", "nothing here")]) == 2
 
 
