@@ -61,7 +61,7 @@ def last_level_cache() -> int:
 
 
 @functools.cache
-def copy_gb_per_s(threads: int) -> dict[int, float]:
+def _copy_gb_per_s(threads: int) -> dict[int, float]:
     """By bytes in plus out, from the inner caches to the memory."""
     rates = {}
     with bound(threads):
@@ -76,8 +76,7 @@ def copy_gb_per_s(threads: int) -> dict[int, float]:
 
 
 @functools.cache
-def matrix_gflop_per_s(threads: int, dtype: torch.dtype) -> float:
-    """What the best matrix product that we have reaches."""
+def _matrix_gflop_per_s(threads: int, dtype: torch.dtype) -> float:
     best = 0.0
     with bound(threads), torch.inference_mode():
         for channels in (256, 512):
@@ -105,11 +104,11 @@ def ceilings() -> dict[str, Any]:
 _measured: dict[str, dict[str, Any]] = {}
 
 
-def note(threads: int, dtype: torch.dtype) -> float:
-    """Measures the ceilings of a row once a session; its matrix rate."""
+def matrix_rate(threads: int, dtype: torch.dtype) -> float:
+    """GFLOP/s of the best matrix product; measures a row's ceilings, once a session."""
     entry = _measured.setdefault(
-        str(threads), {"copy_gb_per_s": copy_gb_per_s(threads), "matrix_gflop_per_s": {}}
+        str(threads), {"copy_gb_per_s": _copy_gb_per_s(threads), "matrix_gflop_per_s": {}}
     )
-    rate = matrix_gflop_per_s(threads, dtype)
+    rate = _matrix_gflop_per_s(threads, dtype)
     entry["matrix_gflop_per_s"][str(dtype).removeprefix("torch.")] = rate
     return rate

@@ -138,13 +138,16 @@ def _compile(case: Case, freeze: bool, **options: Any) -> Ready:
     compiled for the first. After eight modules of one class torch silently stops compiling: whoever
     goes on to another case calls torch.compiler.reset() first.
     """
-    run = torch.compile(
-        copy.deepcopy(case.model).to(memory_format=LAST), dynamic=False,
-        options={"freezing": freeze, **options},
-    )  # fmt: skip
-    x = to_last(case.x)
+    module = copy.deepcopy(case.model).to(memory_format=LAST)
+    run = torch.compile(module, dynamic=False, options={"freezing": freeze, **options})
     with frozen() if freeze else nullcontext(), torch.inference_mode():  # as it is timed
-        run(x), run(x)
+        x = to_last(case.x)
+        run(x)
+        before = run(x).clone()
+        if freeze:  # then it no longer looks at the weights
+            next(module.parameters()).mul_(2)
+            if not torch.equal(run(x), before):
+                raise Missing("torch.compile did not freeze")
     return Ready(run, to_last)
 
 
