@@ -75,7 +75,12 @@ class _Plan:
         self.limit_s = float("inf") if minutes is None else 60 * minutes
         self.start = time.monotonic()
         self.rows = self.done = 0
-        self.say = lambda text: config.get_terminal_writer().line(text)
+        self.config = config
+
+    def say(self, text: str) -> None:
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            print(text, flush=True)
 
     def begin(self) -> None:
         if self.done == 0:
@@ -103,8 +108,10 @@ def _clock(seconds: float) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _fresh():
+    """Nothing of other rows: after eight modules of a class torch would stop compiling, silently."""
     torch.manual_seed(1)
+    torch.compiler.reset()
 
 
 @pytest.fixture

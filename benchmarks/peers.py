@@ -135,8 +135,7 @@ def _compile(case: Case, freeze: bool, **options: Any) -> Ready:
 
     Traps: options={"freezing": True} alone freezes nothing, hence `frozen`; but without it two
     peers of the same options are the same backend to torch, and the second silently gets what was
-    compiled for the first. After eight modules of one class torch silently stops compiling: whoever
-    goes on to another case calls torch.compiler.reset() first.
+    compiled for the first.
     """
     module = copy.deepcopy(case.model).to(memory_format=LAST)
     run = torch.compile(module, dynamic=False, options={"freezing": freeze, **options})

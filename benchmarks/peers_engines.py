@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peers import Case, Missing, Peer, Ready
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnet_kernels.timing import version
 
@@ -131,7 +131,9 @@ def ncnn(case: Case) -> Ready:
         raise Missing("ncnn takes one image at a time")
     engine, pnnx = _load("ncnn"), _load("pnnx")
     with tempfile.TemporaryDirectory() as folder, _silent():
-        pnnx.export(case.in_float32, f"{folder}/m.pt", case.x, fp16=False)
+        model = nn.Sequential()  # pnnx writes Python, where names cannot begin with a digit
+        model.add_module("model", case.in_float32)
+        pnnx.export(model.eval(), f"{folder}/m.pt", case.x, fp16=False)
         net = engine.Net()
         net.opt.num_threads = case.threads
         net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
@@ -172,7 +174,11 @@ def xnnpack(case: Case) -> Ready:
         library._unsafe_reset_threadpool(case.threads)
         loaded = runtime.Runtime.get().load_program(program.buffer)
         method = loaded.load_method("forward")
-    return Ready(method.execute, lambda x: [x], lambda y: y[0].clone())
+
+    def run(inputs: Any, kept: Any = (program, loaded)) -> Any:  # the method only points into them
+        return method.execute(inputs)
+
+    return Ready(run, lambda x: [x], lambda y: y[0].clone())
 
 
 @contextlib.contextmanager
