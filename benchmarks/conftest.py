@@ -109,7 +109,7 @@ def _clock(seconds: float) -> str:
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    """Nothing of other rows: after eight modules of a class torch would stop compiling, silently."""
+    """Nothing of other rows: after eight modules of a class torch silently stops compiling."""
     torch.manual_seed(1)
     torch.compiler.reset()
 
