@@ -63,7 +63,7 @@ $(VENV)/.bench-peers: $(VENV)/.packages
 	@touch $@
 
 BENCH = $(BIN)/python -m pytest --benchmark-enable --benchmark-only --benchmark-quiet -q \
-  -p no:cacheprovider
+  -p no:cacheprovider --disable-warnings
 RESULTS = benchmarks/results/cpu.json benchmarks/results/cpu-tuned-malloc.json
 NEW ?= benchmarks/results/cpu.json
 bench: install $(VENV)/.bench-peers

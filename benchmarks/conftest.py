@@ -51,6 +51,12 @@ def pytest_collection_finish(session):
     session.config.mnet_plan.rows = len(session.items)
 
 
+def pytest_report_teststatus(report):
+    if report.when == "call" and report.passed:
+        return "passed", "", ""  # the plan has a line for it
+    return None
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
     tuned = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}
     machine_info.pop("cpu", None)  # `cpu` below says enough
@@ -142,7 +148,7 @@ def race(_recorded, request):
     ) -> dict[str, Any]:  # fmt: skip
         """slow: which of the peers that take long to build the default plan has."""
         left_out = {
-            peer.name: "not in the default plan: --full"
+            peer.name: "only with --full"
             for peer in racing.PEERS if peer.slow and peer.name not in slow and not full
         }  # fmt: skip
         return _recorded(
