@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 LAST = torch.channels_last
 
@@ -84,13 +84,18 @@ def to_last(x: Tensor) -> Tensor:
 
 def folded(model: nn.Module) -> nn.Module:
     """A copy with every BatchNorm folded into the convolution before it, activations in place."""
-    sequential = isinstance(model, nn.Sequential)
-    model = fuse(model)
-    if sequential:  # without what a GraphModule's call costs
-        model = nn.Sequential(*model.children())
-    for module in model.modules():
-        if hasattr(module, "inplace"):
-            module.inplace = True
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        last = None
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and last is not None:
+                setattr(parent, last, fuse_conv_bn_eval(parent.get_submodule(last), child))
+                setattr(parent, name, nn.Identity())
+                if isinstance(parent, nn.Sequential):
+                    del parent._modules[name]  # not even a call is left
+            last = name if isinstance(child, nn.Conv2d) else None
+            if hasattr(child, "inplace"):
+                child.inplace = True
     return model
 
 

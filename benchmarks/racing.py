@@ -23,7 +23,8 @@ from mnet_kernels.timing import Spread, interleave, ratio, verdict
 Call = Callable[[], Any]
 Row = dict[str, Any]
 
-PEERS = [*TORCH, *ENGINES]
+#: In this order they are built: torch.export, which an engine uses, forgets what was compiled.
+PEERS = [*ENGINES, *TORCH]
 FAMILIES = {peer.name: peer.family for peer in PEERS}
 
 

@@ -99,6 +99,23 @@ def test_a_cold_row_rotates_through_more_than_the_last_level_cache(case, monkeyp
     assert len(set(seen)) == 20 and seen[1:21] == seen[21:41]
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small"])
+def test_folding_a_network_leaves_its_answers(name):
+    import torchvision
+
+    from mnet_kernels.data import randomise_batchnorm
+    from mnet_kernels.models import mobilenet_v1
+
+    model = mobilenet_v1(0.25) if name == "mobilenet_v1" else getattr(torchvision.models, name)()
+    x = torch.randn(2, 3, 64, 64)
+    randomise_batchnorm(model.eval(), x)
+    fast = folded(model)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fast.modules())
+    with torch.inference_mode():
+        torch.testing.assert_close(fast.double()(x.double()), model.double()(x.double()))
+
+
 def test_a_peer_of_plain_pytorch_is_right(case):
     row, _ = racing.race(case, {"ours": Ready(case.model)}, TORCH[:5], budget_s=0.1)
     assert row["missing_peers"] == {} and len(row["us"]) == 6
