@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := -c constraints.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help install demo test bench gpu readme report lint format clean
+.PHONY: help install demo test bench bench-compare gpu readme report lint format clean
 help:
 	@echo "make install   set up $(VENV): torch and the rest, and build the kernels"
 	@echo "make demo      a pretrained MobileNet on real photographs: native against swapped"
 	@echo "make test      the tests"
-	@echo "make bench     the benchmark suite; leaves its JSON in benchmarks/results/"
+	@echo "make bench     the benchmark suite against every other engine; JSON in benchmarks/results/"
+	@echo "make bench-compare BASE=old.json [NEW=new.json]   what got slower? exit status 1 if anything"
 	@echo "make gpu       on a machine with a GPU, without network and $(VENV): build with $(PYTHON) and"
 	@echo "               its torch, test, sanitize, benchmark; GPU='--stages build,tests' chooses"
 	@echo "make readme    renew the README's tables from the committed results"
@@ -54,14 +55,29 @@ test: install $(VENV)/.demo-weights
 	@echo "== running the tests"
 	@$(BIN)/python -m pytest $(PYTEST)
 
-BENCH = $(BIN)/python -m pytest --benchmark-enable --benchmark-only --benchmark-quiet -q
+# Every engine on its own: one that cannot be had is a line in the result, not an error.
+$(VENV)/.bench-peers: $(VENV)/.packages
+	@echo "== installing the engines to compare with"
+	@for peer in $$($(BIN)/python .ci/requirements.py --only bench-peers); do \
+	  $(PIP) install --quiet --progress-bar off $(PINS) "$$peer" \
+	    || echo "   $$peer is not to be had: the benchmarks go on without it"; done
+	@touch $@
+
+BENCH = $(BIN)/python -m pytest --benchmark-enable --benchmark-only --benchmark-quiet -q \
+  -p no:cacheprovider --disable-warnings
 RESULTS = benchmarks/results/cpu.json benchmarks/results/cpu-tuned-malloc.json
-bench: install
-	@echo "== benchmarking (under ten minutes; keep the machine idle)"
-	@$(BENCH) benchmarks --benchmark-json=benchmarks/results/cpu.json
+NEW ?= benchmarks/results/cpu.json
+bench: install $(VENV)/.bench-peers
+	@echo "== benchmarking (under ten minutes on two cores; keep the machine idle)"
+	@$(BENCH) benchmarks --minutes 7.5 --benchmark-json=benchmarks/results/cpu.json
+	@echo "== the large batches again, with a malloc that keeps large blocks"
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 $(BENCH) benchmarks/test_networks.py \
-	  --benchmark-json=benchmarks/results/cpu-tuned-malloc.json
+	  -k "32-float32" --minutes 1.5 --benchmark-json=benchmarks/results/cpu-tuned-malloc.json
 	@$(BIN)/python benchmarks/tables.py $(RESULTS)
+
+bench-compare:
+	@test -n "$(BASE)" || { echo "make bench-compare BASE=old.json [NEW=new.json]"; exit 2; }
+	@$(BIN)/python benchmarks/compare_results.py "$(BASE)" $(NEW)
 
 gpu:
 	@$(PYTHON) benchmarks/gpu.py $(GPU)

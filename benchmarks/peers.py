@@ -1,22 +1,127 @@
-"""What we are measured against: every way to run the same layer or network in plain PyTorch.
+"""What we are measured against, the part that comes with PyTorch: one function a peer.
 
-Each peer is checked for correctness before it is timed and given its best: channels_last, BatchNorm
-folded beforehand, torch.compile frozen (its own constant folding and weight packing).
+A peer is given a :class:`Case` and says how to run it at its best: the layout it likes, BatchNorm
+folded, weights packed ahead. It is checked for correctness before it is timed.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import io
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch._inductor.config
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-Call = Callable[[], Tensor]
 LAST = torch.channels_last
+
+
+class Missing(Exception):
+    """Why a peer cannot run a case, in words."""
+
+
+@dataclass
+class Case:
+    """A module in eval mode and an input for it, contiguous, both in the dtype of the row."""
+
+    model: nn.Module
+    x: Tensor
+    threads: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+    @functools.cached_property
+    def in_float32(self) -> nn.Module:
+        """For engines that take float32 and round by themselves: to the parameters of ``model``."""
+        return copy.deepcopy(self.model).float()
+
+    @functools.cached_property
+    def onnx(self) -> bytes:
+        """As ONNX, in float32, BatchNorm folded by the exporter."""
+        file = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter that is ten times as slow is the new one
+            torch.onnx.export(
+                self.in_float32, (self.x.float(),), file, dynamo=False, opset_version=17,
+                input_names=["x"], output_names=["y"],
+            )  # fmt: skip
+        return file.getvalue()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """How to run a case: ``read(run(take(x)))`` is the answer; ``run`` alone is timed."""
+
+    run: Callable[[Any], Any]
+    #: A contiguous input as ``run`` wants it.
+    take: Callable[[Tensor], Any] = lambda x: x
+    read: Callable[[Any], Tensor] = lambda y: y
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    #: "torch": comes with PyTorch; "engine": another library.
+    family: str
+    #: Raises Missing, or whatever its library throws.
+    build: Callable[[Case], Ready]
+    #: Takes so long to build that the default plan has it in few rows only.
+    slow: bool = False
+
+
+def to_last(x: Tensor) -> Tensor:
+    return x.to(memory_format=LAST)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy with every BatchNorm folded into the convolution before it, activations in place."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        last = None
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and last is not None:
+                setattr(parent, last, fuse_conv_bn_eval(parent.get_submodule(last), child))
+                setattr(parent, name, nn.Identity())
+                if isinstance(parent, nn.Sequential):
+                    del parent._modules[name]  # not even a call is left
+            last = name if isinstance(child, nn.Conv2d) else None
+            if hasattr(child, "inplace"):
+                child.inplace = True
+    return model
+
+
+def eager(case: Case) -> Ready:
+    return Ready(case.model)
+
+
+def eager_last(case: Case) -> Ready:
+    return Ready(copy.deepcopy(case.model).to(memory_format=LAST), to_last)
+
+
+def eager_folded(case: Case) -> Ready:
+    return Ready(folded(case.model))
+
+
+def eager_folded_last(case: Case) -> Ready:
+    return Ready(folded(case.model).to(memory_format=LAST), to_last)
+
+
+def optimized_for_inference(case: Case) -> Ready:
+    """oneDNN's fused convolutions on weights packed ahead, in its own layouts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and still the fastest in places
+        traced = torch.jit.trace(case.model, case.x, check_trace=False)
+        run = torch.jit.optimize_for_inference(traced)
+    return Ready(run)
 
 
 @contextmanager
@@ -28,6 +133,50 @@ def frozen() -> Iterator[None]:
         yield
     finally:
         torch._inductor.config.freezing = before
+
+
+def _compile(case: Case, freeze: bool, **options: Any) -> Ready:
+    """torch.compile of a copy.
+
+    Traps: options={"freezing": True} alone freezes nothing, hence `frozen`; but without it two
+    peers of the same options are the same backend to torch, and the second silently gets what was
+    compiled for the first.
+    """
+    module = copy.deepcopy(case.model).to(memory_format=LAST)
+    run = torch.compile(module, dynamic=False, options={"freezing": freeze, **options})
+    with frozen() if freeze else nullcontext(), torch.inference_mode():  # as it is timed
+        x = to_last(case.x)
+        run(x)
+        before = run(x).clone()
+        if freeze:  # then it no longer looks at the weights
+            next(module.parameters()).mul_(2)
+            if not torch.equal(run(x), before):
+                raise Missing("torch.compile did not freeze")
+    return Ready(run, to_last)
+
+
+def compiled_default(case: Case) -> Ready:
+    return _compile(case, freeze=False)
+
+
+def compiled_frozen(case: Case) -> Ready:
+    return _compile(case, freeze=True)
+
+
+def compiled_autotuned(case: Case) -> Ready:
+    return _compile(case, freeze=True, **torch._inductor.list_mode_options("max-autotune"))
+
+
+TORCH = [
+    Peer("eager", "torch", eager),
+    Peer("eager channels_last", "torch", eager_last),
+    Peer("folded", "torch", eager_folded),
+    Peer("folded channels_last", "torch", eager_folded_last),
+    Peer("jit optimize_for_inference", "torch", optimized_for_inference),
+    Peer("torch.compile", "torch", compiled_default, slow=True),
+    Peer("torch.compile frozen", "torch", compiled_frozen, slow=True),
+    Peer("torch.compile max-autotune", "torch", compiled_autotuned, slow=True),
+]
 
 
 def compiled(
@@ -44,36 +193,3 @@ def compiled(
         print(f"torch.compile is left out: {type(error).__name__}: {error}")
         return None
     return run
-
-
-def layer_peers(conv: nn.Conv2d, bn: nn.BatchNorm2d, x: Tensor) -> dict[str, Call]:
-    """conv + bn + ReLU6 in eval mode; `x` contiguous."""
-    last = x.to(memory_format=LAST)
-    act = nn.ReLU6()
-    fused = fuse_conv_bn_eval(conv, bn)
-    fused_last = copy.deepcopy(fused).to(memory_format=LAST)
-    conv_last = copy.deepcopy(conv).to(memory_format=LAST)
-    peers: dict[str, Call] = {
-        "eager": lambda: act(bn(conv(x))),
-        "eager channels_last": lambda: act(bn(conv_last(last))),
-        "folded": lambda: nn.functional.relu6(fused(x), inplace=True),
-        "folded channels_last": lambda: nn.functional.relu6(fused_last(last), inplace=True),
-    }
-    run = compiled(nn.Sequential(conv_last, bn, act).eval(), last)
-    if run is not None:
-        peers["torch.compile"] = lambda: run(last)
-    return peers
-
-
-def network_peers(model: nn.Module, x: Tensor) -> dict[str, Call]:
-    """A whole network in eval mode; `x` contiguous."""
-    last = x.to(memory_format=LAST)
-    model_last = copy.deepcopy(model).to(memory_format=LAST)
-    peers: dict[str, Call] = {
-        "eager": lambda: model(x),
-        "eager channels_last": lambda: model_last(last),
-    }
-    run = compiled(model_last, last)
-    if run is not None:
-        peers["torch.compile"] = lambda: run(last)
-    return peers

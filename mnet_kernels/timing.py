@@ -2,6 +2,8 @@
 
 A machine's speed drifts by the minute, so timing one candidate after the other compares two
 machines. Here every round runs every candidate once, and a ratio is taken within a round.
+
+A claim ("faster", "slower") is one only if four fifths of the rounds agree, see :func:`verdict`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ Call = Callable[[], object]
 
 #: Without a fixed number of rounds: as many as fit the time budget, within these bounds.
 MIN_ROUNDS, MAX_ROUNDS = 7, 51
+#: A call that takes longer (seconds) does not notice how its turn begins.
+LONG_CALL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,22 @@ def ratio(slow: Spread, fast: Spread) -> Spread:
     return Spread(tuple(s / f for s, f in zip(slow.samples, fast.samples, strict=True)))
 
 
+def verdict(speedup: Spread) -> str:
+    """What a ratio says: "faster" or "slower" if four fifths of its rounds do, else "noise"."""
+    return "faster" if speedup.low > 1 else "slower" if speedup.high < 1 else "noise"
+
+
 def interleave(
     calls: Mapping[str, Call],
     *,
     rounds: int | None = None,
     budget_s: float = 5.0,
     min_sample_s: float = 1e-3,
+    settle_s: float = 0.0,
     synchronize: Call | None = None,
     on_round: Callable[[float], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> dict[str, Spread]:
     """Time candidates in turns.
 
@@ -97,9 +108,13 @@ def interleave(
             ``MIN_ROUNDS`` and ``MAX_ROUNDS``.
         min_sample_s: a sample repeats its call until it lasts about this long, so that the
             clock's own cost and grain do not show.
+        settle_s: a turn begins with a pause of this length, in which the thread pool of the
+            candidate before stops spinning, and with one call that does not count, which fills the
+            caches; not before calls longer than ``LONG_CALL_S``. 0: neither.
         synchronize: waits for the device before the clock is read; None on the CPU.
         on_round: told the fraction done, 0 to 1, after each round.
         clock: seconds, monotonic.
+        sleep: waits so many seconds.
 
     Returns:
         Seconds a call for each name, one sample a round, in round order.
@@ -120,8 +135,12 @@ def interleave(
         sample(call, 2)
         once[name] = max(sample(call, 1), 1e-9)
     repeats = {name: max(1, math.ceil(min_sample_s / t)) for name, t in once.items()}
+    settled = {name for name in calls if settle_s > 0 and once[name] <= LONG_CALL_S}
     if rounds is None:
-        round_s = sum(once[name] * repeats[name] for name in calls)
+        round_s = sum(
+            once[name] * repeats[name] + (settle_s + once[name] if name in settled else 0.0)
+            for name in calls
+        )
         rounds = min(max(int(budget_s / round_s), MIN_ROUNDS), MAX_ROUNDS)
 
     names = list(calls)
@@ -132,6 +151,9 @@ def interleave(
         for number in range(rounds):
             turn = number % len(names)  # nobody always runs after the same neighbour
             for name in names[turn:] + names[:turn]:
+                if name in settled:
+                    sleep(settle_s)
+                    sample(calls[name], 1)
                 samples[name].append(sample(calls[name], repeats[name]))
             if on_round is not None:
                 on_round((number + 1) / rounds)

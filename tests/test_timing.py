@@ -4,7 +4,16 @@ import time
 
 import pytest
 
-from mnet_kernels.timing import MAX_ROUNDS, MIN_ROUNDS, Spread, environment, interleave, ratio
+from mnet_kernels.timing import (
+    LONG_CALL_S,
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    Spread,
+    environment,
+    interleave,
+    ratio,
+    verdict,
+)
 
 
 class Clock:
@@ -92,6 +101,68 @@ def test_rounds_follow_the_budget_within_bounds(seconds, expected):
     clock = Clock()
     spreads = interleave({"a": clock.call("a", seconds)}, budget_s=20.0, clock=clock)
     assert len(spreads["a"].samples) == expected
+
+
+def test_a_turn_begins_with_a_pause_and_a_call_that_does_not_count():
+    clock = Clock()
+    pause = LONG_CALL_S / 8
+
+    def sleep(seconds: float) -> None:
+        clock.log.append("_")
+        clock.now += seconds
+
+    short, long = LONG_CALL_S / 4, LONG_CALL_S * 4
+    spreads = interleave(
+        {"s": clock.call("s", short), "l": clock.call("l", long)},
+        rounds=2, settle_s=pause, clock=clock, sleep=sleep,
+    )  # fmt: skip
+    assert "".join(clock.log) == "ssslll" + "_ssl" + "l_ss"
+    assert spreads["s"].samples == pytest.approx((short, short))
+    assert spreads["l"].samples == pytest.approx((long, long))
+
+
+def test_pauses_count_towards_the_budget():
+    clock = Clock()
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    short = LONG_CALL_S / 2
+    spreads = interleave(
+        {"s": clock.call("s", short)}, budget_s=20.5 * 4 * short, settle_s=2 * short, clock=clock,
+        sleep=sleep,
+    )  # fmt: skip
+    assert len(spreads["s"].samples) == 20
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        ((1.2, 1.3, 1.1, 1.2, 1.2, 0.5), "faster"),  # one round of six went wrong
+        ((0.8, 0.7, 0.9, 0.8, 0.8, 2.0), "slower"),
+        ((1.4, 1.3, 1.3, 0.9, 0.8), "noise"),  # the median alone would claim 1.3x
+        ((1.0, 1.0, 1.0, 1.0, 1.0), "noise"),
+    ],
+)
+def test_a_claim_needs_four_fifths_of_the_rounds(samples, expected):
+    assert verdict(Spread(samples)) == expected
+
+
+def test_a_planted_slowdown_shows_through_a_drifting_machine():
+    # Both get 4 times slower over the rounds, one is 10 % slower: only turns can tell.
+    clock = Clock()
+    speed = iter(1 + number / 20 for number in range(200))
+
+    def candidate(cost: float):
+        def run() -> None:
+            clock.now += cost * next(speed)
+
+        return run
+
+    calls = {"base": candidate(1.0), "slower": candidate(1.1)}
+    spreads = interleave(calls, rounds=30, clock=clock)
+    assert spreads["base"].high > 1.5 * spreads["base"].low
+    assert verdict(ratio(spreads["base"], spreads["slower"])) == "slower"
 
 
 def test_the_device_is_waited_for_before_the_clock_is_read():
