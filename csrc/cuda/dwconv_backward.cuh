@@ -56,12 +56,16 @@ inline bool needs_dconv(const BackwardChoice& choice) {
 }
 
 // Starts what computes those of dx and (dweight, dscale, dshift) that have a place to go to.
-// run_forward(call) starts a forward kernel of the same element.
+// run_forward(call) starts a forward kernel of the same element. Of the passes through statistics,
+// the first step is here only where it is the general kernel's.
 template <typename Element, typename Launcher, typename Forward>
 void launch_backward(Launcher&& launcher, const BackwardChoice& choice,
                      const DwconvBackwardCall& call, Forward&& run_forward) {
   const bool empty = call.forward.N == 0;  // sums of nothing are zeros
-  if (!empty) BackwardVariants::launch<Element>(launcher, choice.first, call);
+  const bool first =
+      call.pass == BackwardPass::frozen || choice.first == DwconvBackwardGeneral::kName;
+  if (!empty && first) BackwardVariants::launch<Element>(launcher, choice.first, call);
+  if (call.pass == BackwardPass::reduction) return;
   if (call.dweight) launch_backward_sum<Element>(launcher, call);
   if (empty || call.dx == nullptr) return;
   if (choice.data == DwconvBackwardDataTransposed::kName)
