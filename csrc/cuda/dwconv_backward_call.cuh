@@ -41,7 +41,7 @@ struct DwconvBackwardCall {
   float* partials;     // (chunks, rows, K); null where no sums are wanted
   int64_t chunks, rows;
   BackwardPass pass;
-  const float* mean;      // (K,), the convolution's; null for 0
+  const float* mean;      // (K,), taken from the convolution first; null for 0
   const float* by_conv;   // (K,), for the pass through the statistics, as is
   const float* constant;  // (K,)
   void* dx;               // (N, C, H, W), or null

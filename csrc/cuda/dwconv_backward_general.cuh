@@ -91,14 +91,14 @@ __global__ void __launch_bounds__(kBackwardThreads)
   float sums[2][1] = {};
   for (Index item = at.item; item < at.end; item += at.step) {
     const OutputPixel<Index> out(forward, item, at.k);
-    const float conv = convolution_at<Element>(forward, weight, out);
+    const float conv = convolution_at<Element>(forward, weight, out) - mean;
     const float z[1] = {conv * scale + shift};
     float dz[1] = {widen(load<1>(static_cast<const Element*>(call.dy) + out.y).lane[0])};
     activation_backward_all(forward.activation, forward.slope, z, dz);
     float dconv[1] = {dz[0] * scale};
-    if (call.pass == BackwardPass::through) dconv[0] += (conv - mean) * by_conv + constant;
+    if (call.pass == BackwardPass::through) dconv[0] += conv * by_conv + constant;
     store(static_cast<Element*>(call.dconv) + out.y, narrow<Element>(dconv), call.dconv != nullptr);
-    sums[0][0] += dz[0] * (conv - mean);
+    sums[0][0] += dz[0] * conv;
     sums[1][0] += dz[0];
   }
   if (call.partials == nullptr || call.pass == BackwardPass::through) return;

@@ -122,13 +122,16 @@ __global__ void __launch_bounds__(kBackwardThreads, K == 3 && V == 1 ? 5 : 2)
 #pragma unroll
           for (int v = 0; v < V; ++v) conv[v] += window[kh][kw][v] * taps[kh * K + kw][v];
 #pragma unroll
-      for (int v = 0; v < V; ++v) z[v] = conv[v] * scale[v] + shift[v];
+      for (int v = 0; v < V; ++v) {
+        if constexpr (Through) conv[v] -= mean[v];
+        z[v] = conv[v] * scale[v] + shift[v];
+      }
       activation_backward_all(forward.activation, forward.slope, z, dz);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         dconv[v] = dz[v] * scale[v];
         if constexpr (Through) {
-          dconv[v] += (conv[v] - mean[v]) * by_conv[v] + constant[v];
+          dconv[v] += conv[v] * by_conv[v] + constant[v];
         } else {
           sums[K * K][v] += dz[v] * conv[v];
           sums[K * K + 1][v] += dz[v];

@@ -148,20 +148,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dwconv_bn_act_training_backward(
   Tensor dweight =
       sums ? empty_4d(x, p.K, 1, p.KH, p.KW, Layout::contiguous) : empty_strided(x, {0}, {1});
   Tensor dgamma = empty_floats(x, sums ? p.K : 0), dbeta = empty_floats(x, sums ? p.K : 0);
-  Tensor channels = empty_floats(x, 4 * p.K);  // freed in the stream's order, as all below
+  Tensor channels = empty_floats(x, 3 * p.K);  // freed in the stream's order, as all below
 
   DwconvTrainingCall call{};
   call.eps = static_cast<float>(eps);
   call.gamma = values(gammas), call.beta = values(betas);
   call.mean = floats(means), call.var = floats(vars);
-  call.scale = floats(channels), call.shift = call.scale + p.K;
-  call.by_conv = call.shift + p.K, call.constant = call.by_conv + p.K;
+  call.scale = floats(channels);
+  call.by_conv = call.scale + p.K, call.constant = call.by_conv + p.K;
   DwconvBackwardCall& backward = call.backward;
   backward.pass = BackwardPass::reduction;
   backward.forward = call_of(p, layout == Layout::channels_last);
   backward.forward.x = input.const_data_ptr();
   backward.forward.weight = taps.const_data_ptr();
-  backward.forward.scale = call.scale, backward.forward.shift = call.shift;
+  backward.forward.scale = call.scale, backward.forward.shift = call.beta;
   backward.dy = gradient.const_data_ptr();
   backward.mean = call.mean, backward.by_conv = call.by_conv, backward.constant = call.constant;
   if (data) backward.dx = dx.mutable_data_ptr();

@@ -1,7 +1,7 @@
 // dwconv_bn_act with the batch's own statistics, and its backward: what their kernels share.
 //
 //   mean, var = of conv(x) over N, OH, OW     scale = gamma / sqrt(var + eps)
-//   z = scale * conv(x) + shift               shift = beta - mean * scale
+//   z = scale * (conv(x) - mean) + beta       shift = beta - mean * scale
 //   xhat = (conv - mean) / sqrt(var + eps)    dbeta = sum(dz), dgamma = sum(dz * xhat)
 //   dconv = scale * (dz - dbeta / m - xhat * dgamma / m), m = N * OH * OW
 //
@@ -23,13 +23,15 @@
 namespace mnet::cuda {
 
 struct DwconvTrainingCall {
-  DwconvBackwardCall backward;  // of its forward call, scale and shift are the next two
-  float* scale;                 // (K,), made of what follows
-  float* shift;                 // (K,)
-  const float* gamma;           // (K,), or null for 1
-  const float* beta;            // (K,), or null for 0
-  float* mean;                  // (K,), of the convolution; written by the forward
-  float* var;                   // (K,), likewise, the biased one
+  // Its forward call's scale and shift are the next two; in the backward, where z is made of
+  // conv - mean, beta takes the place of shift.
+  DwconvBackwardCall backward;
+  float* scale;        // (K,), made of what follows
+  float* shift;        // (K,); null in the backward
+  const float* gamma;  // (K,), or null for 1
+  const float* beta;   // (K,), or null for 0
+  float* mean;         // (K,), of the convolution; written by the forward
+  float* var;          // (K,), likewise, the biased one
   float eps;
   // The forward's: count, pivot, mean - pivot, sum of squares around the mean: (chunks, 4, K).
   float* moments;

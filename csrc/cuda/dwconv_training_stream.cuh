@@ -56,12 +56,12 @@ __global__ void __launch_bounds__(kBackwardThreads, (kTrainingBlocks<Element, K,
       static_cast<const Element*>(call.backward.dy) + (last ? c : int64_t{c} * (OH * OW));
 
   float taps[K * K][V];
-  float scale[Reduction ? V : 1], shift[Reduction ? V : 1], mean[Reduction ? V : 1];
+  float scale[Reduction ? V : 1], beta[Reduction ? V : 1], mean[Reduction ? V : 1];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     if constexpr (Reduction) {
       scale[v] = here ? per_channel(call.scale, c + v, 1) : 0;
-      shift[v] = here ? per_channel(call.shift, c + v, 0) : 0;
+      beta[v] = here ? per_channel(call.beta, c + v, 0) : 0;
       mean[v] = here ? per_channel(call.mean, c + v, 0) : 0;
     }
 #pragma unroll
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kBackwardThreads, (kTrainingBlocks<Element, K,
           add_column<K, S, T, V>(phase, j, in, taps, sums);
         }
         if ((phase - (K - 1) + kPeriod) % S != 0 || i < K - 1) continue;
-        const float (&conv)[T * V] = sums[(phase - (K - 1) + kPeriod) / S % kRing];
+        float (&conv)[T * V] = sums[(phase - (K - 1) + kPeriod) / S % kRing];
         if constexpr (Reduction) {
           float z[T * V], dz[T * V];
 #pragma unroll
@@ -133,7 +133,8 @@ __global__ void __launch_bounds__(kBackwardThreads, (kTrainingBlocks<Element, K,
 #pragma unroll
             for (int v = 0; v < V; ++v) {
               dz[t * V + v] = wide[v];
-              z[t * V + v] = conv[t * V + v] * scale[v] + shift[v];
+              conv[t * V + v] -= mean[v];
+              z[t * V + v] = conv[t * V + v] * scale[v] + beta[v];
             }
           }
           activation_backward_all(forward.activation, forward.slope, z, dz);
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kBackwardThreads, (kTrainingBlocks<Element, K,
             if (ow + t < OW)
 #pragma unroll
               for (int v = 0; v < V; ++v) {
-                gradients[0][v] += dz[t * V + v] * (conv[t * V + v] - mean[v]);
+                gradients[0][v] += dz[t * V + v] * conv[t * V + v];
                 gradients[1][v] += dz[t * V + v];
               }
         } else {

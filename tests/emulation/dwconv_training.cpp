@@ -18,6 +18,7 @@ DwconvTrainingCall training_call_of_request(const emulation::Request& r, Backwar
   call.scale = r.buffer<float>("scale"), call.shift = r.buffer<float>("shift");
   call.gamma = r.buffer<const float>("gamma"), call.beta = r.buffer<const float>("beta");
   call.mean = r.buffer<float>("mean"), call.var = r.buffer<float>("var");
+  if (pass == BackwardPass::reduction) call.backward.forward.shift = call.beta;
   call.eps = static_cast<float>(r.real("eps"));
   call.backward.mean = call.mean;
   call.moments = r.buffer<float>("moments");

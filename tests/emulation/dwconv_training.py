@@ -67,7 +67,7 @@ def backward(
     at = dict.fromkeys(("x", "dy", "dconv", "dx"), offset)
     _, partials = _room(program, variant, numbers, inputs, at)
     k = p.weight.shape[0]
-    outputs = {name: torch.empty(k) for name in ("scale", "shift", "by_conv", "constant")}
+    outputs = {name: torch.empty(k) for name in ("scale", "by_conv", "constant")}
     outputs |= {
         "partials": torch.empty(partials), "dconv": torch.empty_like(dy),
         "flipped": torch.empty_like(inputs["weight"]),
