@@ -185,19 +185,19 @@ def _off(mine: Tensor, exact: Tensor) -> Tensor:
 @pytest.mark.parametrize("mean", [0, 1e3, -1e3])
 def test_statistics_of_a_mean_far_from_zero_are_as_good_as_natives(channels_last, mean, stride):
     """x of mean 1e3 and standard deviation 1e-2: sums of squares would have no digit left."""
-    noise = 1e-2 * torch.randn(4, 8, 20, 21, dtype=torch.float64)
+    noise = 1e-2 * torch.randn(4, 48, 12, 13, dtype=torch.float64)
     x = (mean + noise).float()
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    weight = torch.rand(8, 1, 3, 3) + 0.5
+    weight = torch.rand(48, 1, 3, 3) + 0.5
     constants = {"stride": stride, "activation": "silu"}  # whose derivative has no jumps
-    p = Problem(x, weight, torch.rand(8) + 0.5, torch.randn(8), constants)
+    p = Problem(x, weight, torch.rand(48) + 0.5, torch.randn(48), constants)
     t, dy = Training(p), gradient_of_output(p)
     y, exact_mean, exact_var, _ = forward(t)
-    running_mean, running_var = torch.zeros(8), torch.zeros(8)
+    running_mean, running_var = torch.zeros(48), torch.zeros(48)
     conv = convolution(p, p.x, p.weight)
     F.batch_norm(conv, running_mean, running_var, training=True, momentum=1)
-    values = conv.numel() // 8
+    values = conv.numel() // 48
     native = (forward(t, *p.tensors)[0], *gradients(t, dy, *p.tensors))
     for variant in variants(t, dy):
         (mine, *statistics), _ = dwconv_training.forward(emulator(), t, variant)

@@ -35,8 +35,12 @@ struct BackwardChoice {
   std::string_view first, data;
 };
 
+// What runs every call.
+inline constexpr BackwardChoice kGeneralBackward{DwconvBackwardGeneral::kName,
+                                                 DwconvBackwardDataGeneral::kName};
+
 inline BackwardChoice choose(const DwconvBackwardCall& call) {
-  BackwardChoice choice{DwconvBackwardGeneral::kName, DwconvBackwardDataGeneral::kName};
+  BackwardChoice choice = kGeneralBackward;
   if (DwconvBackwardStream::can_run(call)) choice.first = DwconvBackwardStream::kName;
   if (DwconvBackwardDataParity::can_run(call)) choice.data = DwconvBackwardDataParity::kName;
   if (DwconvBackwardDataTransposed::can_run(call))

@@ -6,7 +6,8 @@
 // The rows are moved up in registers, a fifth of the instructions: K copies of the loop's body,
 // each with the rows in their places, save that but keep so much alive that they spill.
 //
-// Channels_last: lanes are neighbouring vectors of channels. Contiguous: a block owns one channel
+// Channels_last: lanes are neighbouring vectors of channels, few enough that the columns between a
+// block's slices, which each of two reads, are few too. Contiguous: a block owns one channel
 // and its lanes are neighbouring columns (V = 1).
 #pragma once
 
@@ -206,7 +207,7 @@ struct DwconvBackwardStreamOf {
     auto threads = [&] { return f.N * f.OW * divide_up(f.OH, rows) * (f.C / V); };
     while (rows > 7 && threads() < kBackwardBlocks * kBackwardThreads) rows = divide_up(rows, 2);
     const int64_t row_blocks = divide_up(f.OH, rows);
-    return {backward_share(f, V, f.N * row_blocks * f.OW), static_cast<int>(rows),
+    return {backward_share(f, V, f.N * row_blocks * f.OW, V > 1 ? 8 : 32), static_cast<int>(rows),
             static_cast<int>(row_blocks)};
   }
 

@@ -1,17 +1,21 @@
 // dwconv_bn_act_backward on a GPU: check the call, make its memory dense, allocate the results and
 // the room for what lies between the steps, start the kernels on the current stream of x's device.
+#include <atomic>
 #include <tuple>
 
 #include "dwconv_backward.cuh"
 #include "dwconv_backward_launch.h"
 #include "dwconv_launch.h"
 #include "dwconv_variants.cuh"
+#include "facts.h"
 #include "operators.h"
 
 namespace mnet::cuda {
 namespace {
 
 constexpr const char* kOp = "dwconv_bn_act_backward";
+
+std::atomic<bool> general_is_forced{false};
 
 void launch(const Launcher& launcher, const BackwardChoice& choice,
             const DwconvBackwardCall& call) {
@@ -69,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dwconv_bn_act_backward(
     call.dshift = floats(dshift);
   }
 
-  const BackwardChoice choice = choose(call);
+  const BackwardChoice choice = general_is_forced ? kGeneralBackward : choose(call);
   std::optional<Tensor> dconv, partials, flipped;  // freed in the stream's order
   if (data || needs_dconv(choice)) {
     dconv = empty_4d(x, p.N, p.K, p.OH, p.OW, layout);
@@ -88,6 +92,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dwconv_bn_act_backward(
   launch(Launcher::on(current_stream(facts.device_index)), choice, call);
   return {dx, dweight, dscale, dshift};
 }
+
+void force_general_backward(bool general) { general_is_forced = general; }
+bool is_general_backward_forced() { return general_is_forced; }
 
 }  // namespace mnet::cuda
 

@@ -8,6 +8,7 @@
 #include "dwconv_training.cuh"
 #include "dwconv_training_launch.h"
 #include "dwconv_variants.cuh"
+#include "facts.h"
 #include "operators.h"
 
 namespace mnet::cuda {
@@ -40,6 +41,10 @@ Problem checked(const char* op, const TensorFacts& x, const Tensor& weight,
                 "an output of shape " + check::show(shape, 4));
   }
   return p;
+}
+
+TrainingChoice choice_for(const DwconvTrainingCall& call) {
+  return is_general_backward_forced() ? kGeneralTraining : choose(call);
 }
 
 // The kernels of the call's dtype; see training_forward.
@@ -113,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_bn_act_training(
   forward.x = input.const_data_ptr();
   forward.weight = taps.const_data_ptr();
   forward.y = y.mutable_data_ptr();
-  const TrainingChoice choice = choose(call);
+  const TrainingChoice choice = choice_for(call);
   // Freed in the stream's order.
   Tensor affine = empty_floats(x, 2 * p.K);
   Tensor moments = empty_floats(x, kMomentRows * chunks_of_sums(call, choice) * p.K);
@@ -169,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dwconv_bn_act_training_backward(
     backward.dweight = dweight.mutable_data_ptr();
     call.dgamma = floats(dgamma), call.dbeta = floats(dbeta);
   }
-  const TrainingChoice choice = choose(call);
+  const TrainingChoice choice = choice_for(call);
   std::optional<Tensor> dconv, flipped;
   if (data || needs_dconv(choice.backward)) {
     dconv = empty_4d(x, p.N, p.K, p.OH, p.OW, layout);

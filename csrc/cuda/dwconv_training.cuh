@@ -51,6 +51,8 @@ struct TrainingChoice {
   BackwardChoice backward;
 };
 
+inline constexpr TrainingChoice kGeneralTraining{DwconvTrainingGeneral::kName, kGeneralBackward};
+
 inline TrainingChoice choose(const DwconvTrainingCall& call) {
   TrainingChoice choice{DwconvTrainingGeneral::kName, choose(call.backward)};
   if (DwconvTrainingStream::can_run(call)) choice.sums = DwconvTrainingStream::kName;

@@ -6,8 +6,8 @@
 // place of a store, a finished row goes into sums that stay in registers until the end of the
 // thread's chunk, over strips, rows and images.
 //
-// Channels_last: lanes are neighbouring vectors of channels, 128 bytes of a pixel, and slices are
-// neighbouring strips, whose halo they share. Contiguous: a block owns one channel (V = 1).
+// Channels_last: lanes are eight neighbouring vectors of channels and slices are neighbouring
+// strips, whose halo they share. Contiguous: a block owns one channel (V = 1).
 #pragma once
 
 #include <type_traits>
@@ -221,7 +221,7 @@ struct DwconvTrainingStream {
     while (rows > 7 && threads() < kBackwardBlocks * kBackwardThreads) rows = divide_up(rows, 2);
     const int64_t row_blocks = divide_up(f.OH, rows);
     TrainingStreamPlan plan;
-    plan.share = backward_share(f, V, f.N * row_blocks * strips, 8);
+    plan.share = backward_share(f, V, f.N * row_blocks * strips, V > 1 ? 8 : 32);
     plan.strips = Divisor(static_cast<uint32_t>(strips));
     plan.row_blocks = Divisor(static_cast<uint32_t>(row_blocks));
     plan.rows = static_cast<int>(rows);

@@ -89,6 +89,27 @@ std::string room(const emulation::Request& r) {
          std::to_string(floats_of_partials(reduction, choice));
 }
 
+// One pass of a stream alone: the variant names it.
+std::string pass(const emulation::Request& r) {
+  const BackwardPass pass = r.variant == "statistics"  ? BackwardPass::statistics
+                            : r.variant == "reduction" ? BackwardPass::reduction
+                            : r.variant == "through"   ? BackwardPass::through
+                                                       : BackwardPass::frozen;
+  DwconvTrainingCall call = training_call_of_request(r, pass);
+  const int64_t taps = call.backward.forward.KH * call.backward.forward.KW;
+  call.backward.rows = pass == BackwardPass::reduction ? 2
+                       : pass == BackwardPass::through ? taps
+                                                       : taps + 2;
+  with_element(call.backward.forward.dtype, [&](auto element) {
+    using Element = decltype(element);
+    if (pass == BackwardPass::frozen)
+      DwconvBackwardStream::launch<Element>(r.launcher, call.backward);
+    else
+      launch_training<Element>(r.launcher, DwconvTrainingStream::kName, call);
+  });
+  return "";
+}
+
 // All "SUMS,FIRST,DATA" that can run the call.
 std::string able(const emulation::Request& r) {
   const DwconvTrainingCall call = training_call_of_request(r, BackwardPass::reduction);
@@ -105,7 +126,7 @@ std::string able(const emulation::Request& r) {
 
 const emulation::Registration forward_("dwconv_training", forward),
     backward_("dwconv_training_backward", backward), room_("dwconv_training_room", room),
-    able_("dwconv_training_able", able);
+    able_("dwconv_training_able", able), pass_("dwconv_training_pass", pass);
 
 }  // namespace
 }  // namespace mnet::cuda
