@@ -23,12 +23,13 @@ from shapes import shapes
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mnet_kernels import _cuda, models, ops, swap
+from mnet_kernels import _cuda, backends, models, ops, swap
 from mnet_kernels.data import randomise_batchnorm
 from mnet_kernels.fold import fold
 from mnet_kernels.timing import Spread, ratio
 
 Layer = Callable[[Tensor], Tensor]
+DEVICE = "cuda"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": LAST}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 TOLERANCE = {"bfloat16": 5e-2, "float32": 1e-5, "float16": 1e-2}
@@ -98,7 +99,7 @@ def device_times(
 
 def copy_bandwidth() -> float:
     """GB/s of a large device copy, read and written bytes counted."""
-    source = torch.randn(1 << 28, device="cuda")
+    source = torch.randn(1 << 28, device=DEVICE)
     target = torch.empty_like(source)
     seconds = device_times({"copy": lambda: target.copy_(source)}, 1)["copy"].median
     return 2 * source.nbytes / seconds / 1e9
@@ -154,9 +155,9 @@ def layer_row(
     with torch.no_grad():
         bn.running_mean.normal_(), bn.running_var.uniform_(0.5, 2)
         bn.weight.uniform_(0.5, 2), bn.bias.normal_()
-    conv, bn = conv.eval().to("cuda", DTYPES[dtype]), bn.to("cuda", DTYPES[dtype])
+    conv, bn = conv.eval().to(DEVICE, DTYPES[dtype]), bn.to(DEVICE, DTYPES[dtype])
     scale, shift = fold(DTYPES[dtype], None, bn)
-    first = torch.randn(batch, channels, height, width, device="cuda").to(DTYPES[dtype])
+    first = torch.randn(batch, channels, height, width, device=DEVICE).to(DTYPES[dtype])
     some = slice(None, None, max(1, batch - 1))  # the first image and the last
     exact = nn.functional.relu6(
         copy.deepcopy(bn).double()(copy.deepcopy(conv).double()(first[some].double()))
@@ -183,10 +184,10 @@ def layer_row(
         inputs = [first.to(memory_format=memory_format)]
         inputs += [inputs[0].clone() for _ in range(number - 1)]
 
-        def ours(x: Tensor) -> Tensor:
+        def ours(x: Tensor, backend: str = "cuda") -> Tensor:
             return ops.dwconv_bn_act(
                 x, conv.weight, scale, shift, stride=stride, padding=kernel // 2,
-                activation="relu6", backend="cuda",
+                activation="relu6", backend=backend,
             )  # fmt: skip
 
         chosen = _cuda.facts_of_call(
@@ -202,6 +203,8 @@ def layer_row(
                 add(f"ours {layout}, {variant}", ours, inputs, kept=False)
             finally:
                 _cuda.force_variant("")
+        if backends.why_not("triton", device=DEVICE, dtype=DTYPES[dtype]) is None:
+            add(f"ours triton {layout}", partial(ours, backend="triton"), inputs)
         for name in ("cudnn", "native"):
             with engine(name):
                 for way, call in layer_ways(conv, bn, layout).items():
@@ -211,7 +214,7 @@ def layer_row(
                 add(f"{way} {layout}", call, inputs)
         del inputs
 
-    half = [torch.empty(nbytes // 2, dtype=torch.uint8, device="cuda") for _ in range(number)]
+    half = [torch.empty(nbytes // 2, dtype=torch.uint8, device=DEVICE) for _ in range(number)]
     graphs["copy"], _ = graph_of(torch.clone, half)
     with engine("cudnn"):
         times = device_times(graphs, number)
@@ -225,16 +228,25 @@ def layer_row(
         "call_us": {n: s.summary(1e-6) for n, s in plain.items()}, "error": errors,
         "ours_correct": all(n in graphs for n in errors if n.startswith("ours")),
     }  # fmt: skip
+    eager = min((n for n in peers if "eager" in n), key=lambda n: times[n].median)
+    compiled_ways = [n for n in peers if n.startswith(("compile", "max-autotune"))]
     for layout in LAYOUTS:
-        spread = times.get(f"ours {layout}")
-        if spread is not None:
-            eager = min((n for n in peers if "eager" in n), key=lambda n: times[n].median)
-            row[layout] = {
+        for key, name in (
+            (layout, f"ours {layout}"),
+            (f"triton {layout}", f"ours triton {layout}"),
+        ):
+            if name not in times:
+                continue
+            spread = times[name]
+            row[key] = {
                 "gb_per_s": nbytes / spread.median / 1e9,
                 "fraction_of_copy": times["copy"].median / spread.median,
                 "against_best_peer": ratio(times[best], spread).summary(),
                 "against_eager": ratio(times[eager], spread).summary(),
             }
+            if compiled_ways:
+                fastest = min(compiled_ways, key=lambda n: times[n].median)
+                row[key]["against_compile"] = ratio(times[fastest], spread).summary()
     return row
 
 
@@ -246,10 +258,11 @@ def layer_plan() -> list[tuple[Any, ...]]:
     plan = [(*s, 256, dtype, both) for dtype in ("bfloat16", "float32") for s in v1]
     plan += [(*s, batch, "bfloat16", ("compile",)) for batch in (1, 32) for s in v1]
     plan += [(*s, 256, "bfloat16", ("compile",)) for s in v3]
-    plan += [(*s, batch, "float32", ()) for batch in (1, 32) for s in v1]
-    plan += [(*s, batch, "bfloat16", ()) for batch in (1, 32) for s in v3]
-    plan += [(*s, batch, "float32", ()) for batch in (256, 32, 1) for s in v3]
-    plan += [(*s, batch, "float16", ()) for batch in (256, 32, 1) for s in v1 + v3]
+    one = ("compile",)
+    plan += [(*s, batch, "float32", one) for batch in (1, 32) for s in v1]
+    plan += [(*s, batch, "bfloat16", one) for batch in (1, 32) for s in v3]
+    plan += [(*s, batch, "float32", one) for batch in (256, 32, 1) for s in v3]
+    plan += [(*s, batch, "float16", one) for batch in (256, 32, 1) for s in v1 + v3]
     return plan
 
 
@@ -270,8 +283,8 @@ def network_row(name: str, batch: int, dtype: str, compile_too: bool) -> _Row:
     torch.manual_seed(1)
     model = networks()[name]().eval()
     randomise_batchnorm(model, torch.randn(4, 3, 224, 224), 0)
-    model = model.to("cuda", DTYPES[dtype])
-    x = torch.randn(batch, 3, 224, 224, device="cuda").to(DTYPES[dtype])
+    model = model.to(DEVICE, DTYPES[dtype])
+    x = torch.randn(batch, 3, 224, 224, device=DEVICE).to(DTYPES[dtype])
     last, model_last = x.to(memory_format=LAST), copy.deepcopy(model).to(memory_format=LAST)
     exact = copy.deepcopy(model).double()(x[:2].double())
     ways: dict[str, tuple[nn.Module | Layer, Tensor]] = {
@@ -320,16 +333,21 @@ def network_plan() -> list[tuple[Any, ...]]:
 def work(stage: str, seconds: float, output: Path) -> None:
     """Rows of a stage as JSON lines, each written when it is done."""
     clock = Clock(seconds)
-    make, plan = {
-        "layers": (layer_row, layer_plan()), "networks": (network_row, network_plan())
-    }[stage]  # fmt: skip
+    if stage == "training":
+        import gpu_training
+
+        plan = gpu_training.plan()
+    elif stage == "layers":
+        plan = [(layer_row, *arguments) for arguments in layer_plan()]
+    else:
+        plan = [(network_row, *arguments) for arguments in network_plan()]
     with open(output, "w") as lines, torch.no_grad():
-        for number, arguments in enumerate(plan):
+        for number, (make, *arguments) in enumerate(plan):
             if clock.spent() > 0.95:
                 print(f"{stage}: out of time, {len(plan) - number} of {len(plan)} rows left out")
                 break
-            if clock.spent() > 0.6 and stage == "layers":
-                arguments = (*arguments[:-1], ())  # compiling costs most
+            if clock.spent() > 0.6 and stage != "networks":
+                arguments[-1] = ()  # compiling costs most
             torch.cuda.empty_cache()
             try:
                 row = make(*arguments)
