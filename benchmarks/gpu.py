@@ -2,9 +2,9 @@
 
 python benchmarks/gpu.py [--stages build,tests,...] [--minutes 25] [--output FILE.json]
 
-Stages, the most important first: build, tests, layers, training, sanitizer, networks, suite (all
-tests that need no emulation; what time is left). Each has a share of the
-time and leaves its part of the result when it ends, so a run that is cut short is still a result;
+Stages, the most important first: build, tests, layers, training, sanitizer, networks, profile (ncu
+on the kernels that lag), suite (all tests that need no emulation). Each has a share of the time and
+leaves its part of the result when it ends, so a run that is cut short is still a result;
 stages that are run later are added to the same file. Exit status: 1 if the build, a test or a
 sanitizer failed or a benchmark found a wrong answer, else 0. What a machine lacks is said and left
 out.
@@ -13,6 +13,7 @@ out.
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import json
 import os
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 #: Of the time given, what each stage may take at most.
 SHARES = {
     "build": 0.12, "tests": 0.14, "layers": 0.3, "training": 0.14, "sanitizer": 0.1,
-    "networks": 0.1, "suite": 0.1,
+    "networks": 0.1, "profile": 0.03, "suite": 0.07,
 }  # fmt: skip
 #: On a device; the first two are what compute-sanitizer runs, in part.
 DEVICE_TESTS = ["tests/test_cuda.py", "tests/test_cuda_training.py"]
@@ -122,6 +123,48 @@ def sanitizer(seconds: float) -> _Stage:
     return result
 
 
+def lagging(layers: list[dict[str, Any]], most: int = 8) -> list[dict[str, Any]]:
+    """What the profiler is asked about: calls of ours that lose to a peer, or at batch 256 reach
+    less than 90 % of copy speed; the worst first."""
+    found = []
+    for row in layers:
+        for layout in ("channels_last", "contiguous"):
+            if layout not in row:
+                continue
+            speedup = row[layout]["against_best_peer"]["median"]
+            part = row[layout]["fraction_of_copy"]
+            if speedup < 1 or (row["batch"] == 256 and part < 0.9):
+                call = {key: row[key] for key in ("shape", "batch", "dtype")}
+                found.append((speedup, call | {"layout": layout}))
+    return [call for _, call in sorted(found, key=lambda pair: pair[0])[:most]]
+
+
+def profile(seconds: float, layers: list[dict[str, Any]]) -> _Stage:
+    """What limits the kernels that lag, by Nsight Compute's own words and figures."""
+    tool = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
+    if tool is None:
+        return {"left_out": "there is no ncu"}
+    calls, deadline, told = lagging(layers), time.monotonic() + seconds, []
+    for call in calls:
+        left = deadline - time.monotonic()
+        if left < 20:
+            break
+        status, output = run(
+            [tool, "--csv", "--page", "details", "--section", "SpeedOfLight", "--section",
+             "Occupancy", "--kernel-name", "regex:dwconv", "--launch-count", "1", sys.executable,
+             __file__, "--worker", "call", "--seconds", "0", "--rows", json.dumps(call)], left,
+        )  # fmt: skip
+        lines = [line for line in output.splitlines() if line.startswith('"')]
+        figures = {
+            row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip()
+            for row in csv.DictReader(lines) if row.get("Metric Name")
+        }  # fmt: skip
+        if not figures:  # counters are often for administrators only
+            return {"left_out": f"ncu does not work here: {output[-500:]}", "rows": told}
+        told.append(call | {"figures": figures, "finished": status == 0})
+    return {"passed": True, "rows": told, "asked": len(calls)}
+
+
 def measured(stage: str, seconds: float) -> _Stage:
     """Rows of benchmarks/gpu_measure.py, which runs on its own: what it leaves in time counts."""
     rows = ROOT / "build" / f"gpu-{stage}.jsonl"
@@ -157,6 +200,8 @@ def worker(stage: str, seconds: float, rows: str) -> None:
     if stage != "environment":
         import gpu_measure
 
+        if stage == "call":
+            return gpu_measure.call_once(**json.loads(rows))
         return gpu_measure.work(stage, seconds, Path(rows))
     import torch
 
@@ -204,6 +249,9 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"- {name}: {verdict} {stage.get('counts', '')}")
     lines += _layers(stages.get("layers", {}).get("rows", []))
     lines += _training(stages.get("training", {}).get("rows", []))
+    for row in stages.get("profile", {}).get("rows", []):
+        call = f"{row['shape']}, batch {row['batch']}, {row['dtype']}, {row['layout']}"
+        lines += ["", f"{call}: " + "; ".join(f"{k} {v}" for k, v in row["figures"].items())]
     rows = stages.get("networks", {}).get("rows", [])
     if rows:
         lines += ["", "| network, batch, dtype | way | images/s | with a CUDA graph | peak MB |",
@@ -310,7 +358,10 @@ def main() -> int:
         if name != "build" and not result:
             result = begin(options.output, options.commit)
         step = steps.get(name)
-        stage = step(share) if step else measured(name, share)
+        if name == "profile":
+            stage = profile(share, result["stages"].get("layers", {}).get("rows", []))
+        else:
+            stage = step(share) if step else measured(name, share)
         stage["seconds"] = round(time.monotonic() - start, 1)
         if not result:  # it was the build, which the rest needs
             if not stage["passed"]:

@@ -250,6 +250,20 @@ def layer_row(
     return row
 
 
+def call_once(shape: list[int], batch: int, dtype: str, layout: str) -> None:
+    """One call of ours, for a profiler to look at."""
+    channels, height, width, kernel, stride = shape
+    x = torch.randn(batch, channels, height, width, device=DEVICE).to(DTYPES[dtype])
+    weight = torch.randn(channels, 1, kernel, kernel, device=DEVICE).to(DTYPES[dtype])
+    scale = torch.rand(channels, device=DEVICE)
+    ops.dwconv_bn_act(
+        x.to(memory_format=LAYOUTS[layout]), weight, scale, scale, stride=stride,
+        padding=kernel // 2, activation="relu6", backend="cuda",
+    )  # fmt: skip
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
 def layer_plan() -> list[tuple[Any, ...]]:
     """Arguments of layer_row, the rows that matter most first."""
     v1 = [("mobilenet_v1", s) for s in shapes("mobilenet_v1")]

@@ -90,6 +90,36 @@ def test_layers(gpu):
     assert line.count("%") == 4 and "WRONG" not in line
 
 
+NCU = """==PROF== Profiling "dwconv_channels_last_stream"
+"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","dwconv_channels_last_stream","Speed Of Light","DRAM Throughput","%","81.2"
+"0","dwconv_channels_last_stream","Occupancy","Achieved Occupancy","%","23.9"
+"""
+
+
+def test_the_profiler_is_asked_about_what_lags(gpu, monkeypatch):
+    gpu, measure, _ = gpu
+    rows = [
+        {"shape": list(SHAPE[:5]), "batch": batch, "dtype": "float32",
+         "contiguous": {"against_best_peer": {"median": speedup}, "fraction_of_copy": part}}
+        for batch, speedup, part in ((1, 1.2, 0.1), (1, 0.9, 0.1), (256, 1.5, 0.95), (256, 0.8, 1))
+    ]  # fmt: skip
+    calls = gpu.lagging(rows)
+    assert [(call["batch"], call["layout"]) for call in calls] == [
+        (256, "contiguous"), (1, "contiguous")
+    ]  # fmt: skip
+    measure.call_once(**calls[0] | {"batch": 1})
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: "ncu")
+    monkeypatch.setattr(gpu, "run", lambda command, seconds: (0, NCU))
+    stage = gpu.profile(100, rows)
+    assert stage["rows"][0]["figures"]["DRAM Throughput"] == "81.2 %"
+    assert "DRAM Throughput 81.2 %; Achieved Occupancy 23.9 %" in gpu.table(
+        {"environment": FACTS, "stages": {"profile": stage}}
+    )
+    monkeypatch.setattr(gpu, "run", lambda command, seconds: (1, "ERR_NVGPUCTRPERM"))
+    assert "ERR_NVGPUCTRPERM" in gpu.profile(100, rows)["left_out"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training(gpu, dtype):
     gpu, _, training = gpu
