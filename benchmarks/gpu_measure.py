@@ -340,8 +340,8 @@ def network_row(name: str, batch: int, dtype: str, compile_too: bool) -> _Row:
 
 def network_plan() -> list[tuple[Any, ...]]:
     names = list(networks())
-    plan = [(n, batch, "bfloat16", True) for batch in (256, 1, 32) for n in names]
-    return plan + [(n, batch, "float32", batch == 256) for batch in (256, 1, 32) for n in names]
+    both = ("bfloat16", "float32")
+    return [(n, batch, dtype, True) for dtype in both for batch in (256, 1, 32) for n in names]
 
 
 def work(stage: str, seconds: float, output: Path) -> None:
