@@ -28,15 +28,14 @@ template <typename Element, int K, bool Reduction>
 constexpr int kTrainingWidest = Reduction || K == 5 ? 4 : 16 / sizeof(Element);
 
 // Blocks on a multiprocessor that registers are shared out for.
-template <typename Element, int K, int V>
-constexpr int kTrainingBlocks = K == 5 || V == 8       ? 2
-                                : V == 1               ? 5
-                                : sizeof(Element) == 4 ? 3
-                                                       : 4;
+template <int K, int V>
+constexpr int kTrainingBlocks = K == 5 || V == 8 ? 2
+                                : V == 1         ? 5
+                                                 : 3;
 
 // Reduction: the backward's pass, else that of the statistics.
 template <typename Element, int K, int S, int V, int P, bool Reduction>
-__global__ void __launch_bounds__(kBackwardThreads, (kTrainingBlocks<Element, K, V>))
+__global__ void __launch_bounds__(kBackwardThreads, (kTrainingBlocks<K, V>))
     dwconv_training_stream(const DwconvTrainingCall call, const TrainingStreamPlan plan) {
   constexpr int T = kStrip, kColumns = (T - 1) * S + K;
   constexpr int kRing = (K + S - 1) / S, kPeriod = kRing * S;
