@@ -1,5 +1,5 @@
 """Counted memory traffic of every forward variant on MobileNet V1's layers, batch 256, and of the
-passes over x of backward and training, batch 32.
+passes over x of backward and training, batch 64.
 
 ``python tests/emulation/traffic.py`` (with tests/ on PYTHONPATH) renews the committed table,
 traffic.csv. Its columns, each a ratio of which 1 is the least:
@@ -31,7 +31,7 @@ KEYS = ("layout", "dtype", "c", "h", "w", "kernel", "stride", "variant", "chosen
 RATIOS = ("requested", "past_l1", "x_sectors", "y_sectors", "others", "conflicts", "ways")
 BATCH = 256
 PASSES = ("frozen", "statistics", "reduction", "through")
-PASSES_BATCH = 32
+PASSES_BATCH = 64
 BLOCKS = 48  # counted of those that fill one image
 DTYPES = (torch.float32, torch.bfloat16)  # float16 moves as bfloat16 does
 
@@ -111,7 +111,7 @@ def count_pass(
     moments = torch.empty(chunks, 4, c)
     counted = program.run(
         "dwconv_training_pass", name, scratch=scratch, outputs={"moments": moments}, count=True,
-        numbers=numbers | {"sample": 2, "images": PASSES_BATCH},
+        numbers=numbers | {"sample": 1, "images": PASSES_BATCH},
     ).traffic  # fmt: skip
     shared, nothing = counted.pop("shared"), {"sectors": 0, "least_sectors": 0, "block_sectors": 0}
     assert "outside" not in counted
