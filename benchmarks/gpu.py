@@ -40,6 +40,8 @@ setuptools.dist.Distribution.parse_config_files = lambda *_, **__: None
 sys.argv = ["setup.py", "build_ext", "--inplace"]
 runpy.run_path("setup.py", run_name="__main__")
 """
+#: Rows of the second backend, beside those of CUDA, which are named by the layout alone.
+TRITON = ("channels_last, triton", "contiguous, triton")
 _Stage = dict[str, Any]
 
 
@@ -79,7 +81,8 @@ def tests(seconds: float) -> _Stage:
     if importlib.util.find_spec("pytest") is None:
         print("there is no pytest: the tests cannot be run")
         return {"passed": False, "left_out": "there is no pytest"}
-    files = [*DEVICE_TESTS, "tests/test_bad_input.py"]
+    files = [*DEVICE_TESTS, "tests/test_bad_input.py", "tests/test_triton_device.py"]
+    files = [file for file in files if (ROOT / file).exists()]
     return _pytest(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], seconds
     )
@@ -279,10 +282,11 @@ def _head(columns: list[str]) -> list[str]:
 
 
 def _layers(rows: list[dict[str, Any]]) -> list[str]:
-    ways = ("channels_last", "contiguous", "triton channels_last", "triton contiguous")
+    ways = ("channels_last", "contiguous", *TRITON)
     columns = ["C, H, kernel, stride", "batch", "dtype", "best peer", "µs"]
     for way in ways:
         columns += [f"ours, {way}", "of copy", "speed-up"]
+    columns.append("Triton's first call, s")
     lines = _head(columns) if rows else []
     for row in rows:
         channels, height, _, kernel, stride = row["shape"]
@@ -295,6 +299,8 @@ def _layers(rows: list[dict[str, Any]]) -> list[str]:
             us = row["us"].get(f"ours {way}", {}).get("median", 0)
             wrong = f"ours {way}" in row["error"] and way not in row
             cells += ["WRONG", "-", "-"] if wrong else _cells(row.get(way), us)
+        first = row["triton_first_call_s"].values()
+        cells.append(" / ".join(f"{seconds:.1f}" for seconds in first) or "-")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -142,6 +144,24 @@ def compile_ways(
     return ways
 
 
+def first_call_seconds(call: Layer, x: Tensor) -> float:
+    """Of a call that has to compile and tune: Triton's cache on disk starts empty, the one in
+    memory keeps what an earlier row of the same layer and layout compiled."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ["TRITON_CACHE_DIR"] = empty
+        try:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call(x)
+            torch.cuda.synchronize()
+            return time.perf_counter() - start
+        finally:
+            os.environ.pop("TRITON_CACHE_DIR")
+            if before is not None:
+                os.environ["TRITON_CACHE_DIR"] = before
+
+
 def layer_row(
     model: str, shape: tuple[int, ...], batch: int, dtype: str, modes: tuple[str, ...]
 ) -> _Row:
@@ -168,7 +188,7 @@ def layer_row(
 
     graphs: dict[str, Callable[[], object]] = {}
     calls: dict[str, Callable[[], object]] = {}
-    errors, facts = {}, {}
+    errors, facts, first_call = {}, {}, {}
 
     def add(name: str, way: Layer, inputs: list[Tensor], kept: bool = True) -> None:
         replay, y = graph_of(way, inputs)
@@ -203,8 +223,14 @@ def layer_row(
                 add(f"ours {layout}, {variant}", ours, inputs, kept=False)
             finally:
                 _cuda.force_variant("")
-        if backends.why_not("triton", device=DEVICE, dtype=DTYPES[dtype]) is None:
-            add(f"ours triton {layout}", partial(ours, backend="triton"), inputs)
+        if backends.why_not("triton", device=DEVICE) is None:
+            way, call = f"ours {layout}, triton", partial(ours, backend="triton")
+            errors[way] = float("inf")  # where it cannot even be called
+            try:
+                first_call[layout] = first_call_seconds(call, inputs[0])
+                add(way, call, inputs)
+            except Exception as error:  # CUDA's rows still count
+                print(f"{way}: {type(error).__name__}: {error}")
         for name in ("cudnn", "native"):
             with engine(name):
                 for way, call in layer_ways(conv, bn, layout).items():
@@ -226,6 +252,7 @@ def layer_row(
         "bytes": nbytes, "cold": number * nbytes > 3 * l2, "best_peer": best, "kernel": facts,
         "us": {n: s.summary(1e-6) for n, s in times.items()},
         "call_us": {n: s.summary(1e-6) for n, s in plain.items()}, "error": errors,
+        "triton_first_call_s": first_call,
         "ours_correct": all(n in graphs for n in errors if n.startswith("ours")),
     }  # fmt: skip
     eager = min((n for n in peers if "eager" in n), key=lambda n: times[n].median)

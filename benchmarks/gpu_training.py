@@ -117,8 +117,8 @@ def layer_row(
         for backend in backends_of_ours():
             ours = copy.deepcopy(native)
             ours.backend = backend
-            suffix = "" if backend == "cuda" else f" {backend}"
-            add(f"ours{suffix} {layout}", ours, ours, layout)
+            suffix = "" if backend == "cuda" else f", {backend}"
+            add(f"ours {layout}{suffix}", ours, ours, layout)
         peer = copy.deepcopy(native).to(memory_format=memory_format)
         for name in ("cudnn", "native"):
             with engine(name):

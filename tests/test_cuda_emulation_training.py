@@ -6,11 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from emulation import dwconv_training
-from emulation.emulator import EmulationError, emulator
-from rulers import Problem, problem
-from torch import Tensor
-from training_rulers import (
+from batch_statistics_rulers import (
     Training,
     assert_forward,
     assert_gradients,
@@ -18,6 +14,10 @@ from training_rulers import (
     forward,
     gradients,
 )
+from emulation import dwconv_training
+from emulation.emulator import EmulationError, emulator
+from rulers import Problem, problem
+from torch import Tensor
 
 from mnet_kernels.reference import ACTIVATIONS
 

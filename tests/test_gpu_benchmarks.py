@@ -81,7 +81,7 @@ def test_layers(gpu):
     with torch.no_grad():
         row = measure.layer_row("mobilenet_v1", SHAPE, 2, "float32", ())
     assert row["ours_correct"], row["error"]
-    for way in ("channels_last", "contiguous", "triton channels_last", "triton contiguous"):
+    for way in ("channels_last", "contiguous", *gpu.TRITON):
         assert row[way]["fraction_of_copy"] > 0 and row[way]["against_best_peer"]["rounds"] == 3
     peers = {name.rsplit(" ", 1)[0] for name in row["us"] if not name.startswith(("ours", "copy"))}
     assert peers == {"eager cudnn", "eager native", "folded cudnn", "folded native"}
@@ -127,7 +127,7 @@ def test_training(gpu, dtype):
         row = training.layer_row("mobilenet_v1", SHAPE, 4, dtype, ())
         assert row["ours_correct"], row["error"]
         assert set(row["ours"]) == {
-            f"ours{name} {layout}" for name in ("", " triton") for layout in training.LAYOUTS
+            f"ours {layout}{name}" for name in ("", ", triton") for layout in training.LAYOUTS
         }
         size = 4 * 8 * (12 * 12 * 5 + 6 * 6 * 3)
         assert row["bytes"] == size * (4 if dtype == "float32" else 2)
