@@ -258,13 +258,10 @@ def layer_row(
     eager = min((n for n in peers if "eager" in n), key=lambda n: times[n].median)
     compiled_ways = [n for n in peers if n.startswith(("compile", "max-autotune"))]
     for layout in LAYOUTS:
-        for key, name in (
-            (layout, f"ours {layout}"),
-            (f"triton {layout}", f"ours triton {layout}"),
-        ):
-            if name not in times:
+        for key in (layout, f"{layout}, triton"):
+            spread = times.get(f"ours {key}")
+            if spread is None:
                 continue
-            spread = times[name]
             row[key] = {
                 "gb_per_s": nbytes / spread.median / 1e9,
                 "fraction_of_copy": times["copy"].median / spread.median,
