@@ -89,8 +89,7 @@ def tests(seconds: float) -> _Stage:
 
 
 def suite(seconds: float) -> _Stage:
-    """All other tests but those that prove without a GPU what `tests` shows on it. What packages a
-    machine lacks for a file is an error of that file, and told."""
+    """All other tests but the proofs without a GPU; what a machine lacks for a file is told."""
     proofs = ["emulation", "machine_code", "traffic", "wheel"]
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests",
@@ -103,10 +102,12 @@ def suite(seconds: float) -> _Stage:
     return told
 
 
+def cuda_tool(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
+
+
 def sanitizer(seconds: float) -> _Stage:
-    tool = shutil.which("compute-sanitizer") or shutil.which(
-        "/usr/local/cuda/bin/compute-sanitizer"
-    )
+    tool = cuda_tool("compute-sanitizer")
     if tool is None:
         print("there is no compute-sanitizer: memcheck and racecheck are left out")
         return {"left_out": "there is no compute-sanitizer"}
@@ -144,7 +145,7 @@ def lagging(layers: list[dict[str, Any]], most: int = 8) -> list[dict[str, Any]]
 
 def profile(seconds: float, layers: list[dict[str, Any]]) -> _Stage:
     """What limits the kernels that lag, by Nsight Compute's own words and figures."""
-    tool = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
+    tool = cuda_tool("ncu")
     if tool is None:
         return {"left_out": "there is no ncu"}
     calls, deadline, told = lagging(layers), time.monotonic() + seconds, []
@@ -163,7 +164,7 @@ def profile(seconds: float, layers: list[dict[str, Any]]) -> _Stage:
             for row in csv.DictReader(lines) if row.get("Metric Name")
         }  # fmt: skip
         if not figures:  # counters are often for administrators only
-            return {"left_out": f"ncu does not work here: {output[-500:]}", "rows": told}
+            return {"left_out": f"ncu does not work here: {output[-500:]}"}
         told.append(call | {"figures": figures, "finished": status == 0})
     return {"passed": True, "rows": told, "asked": len(calls)}
 
