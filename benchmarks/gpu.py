@@ -2,8 +2,9 @@
 
 python benchmarks/gpu.py [--stages build,tests,...] [--minutes 25] [--output FILE.json]
 
-Stages, the most important first: build, tests, layers, sanitizer, networks. Each has a share of the
-time and leaves its part of the result when it ends, so a run that is cut short is still a result;
+Stages, the most important first: build, tests, layers, training, sanitizer, networks, profile (ncu
+on the kernels that lag), suite (all tests that need no emulation). Each has a share of the time and
+leaves its part of the result when it ends, so a run that is cut short is still a result;
 stages that are run later are added to the same file. Exit status: 1 if the build, a test or a
 sanitizer failed or a benchmark found a wrong answer, else 0. What a machine lacks is said and left
 out.
@@ -12,6 +13,7 @@ out.
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import json
 import os
@@ -25,7 +27,12 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 #: Of the time given, what each stage may take at most.
-SHARES = {"build": 0.15, "tests": 0.2, "layers": 0.35, "sanitizer": 0.15, "networks": 0.15}
+SHARES = {
+    "build": 0.12, "tests": 0.14, "layers": 0.3, "training": 0.14, "sanitizer": 0.1,
+    "networks": 0.1, "profile": 0.03, "suite": 0.07,
+}  # fmt: skip
+#: On a device; the first two are what compute-sanitizer runs, in part.
+DEVICE_TESTS = ["tests/test_cuda.py", "tests/test_cuda_training.py"]
 # Building in place needs nothing of pyproject.toml, which older setuptools cannot read.
 BUILD = """
 import runpy, sys, setuptools.dist
@@ -33,6 +40,8 @@ setuptools.dist.Distribution.parse_config_files = lambda *_, **__: None
 sys.argv = ["setup.py", "build_ext", "--inplace"]
 runpy.run_path("setup.py", run_name="__main__")
 """
+#: Rows of the second backend, beside those of CUDA, which are named by the layout alone.
+TRITON = ("channels_last, triton", "contiguous, triton")
 _Stage = dict[str, Any]
 
 
@@ -72,16 +81,33 @@ def tests(seconds: float) -> _Stage:
     if importlib.util.find_spec("pytest") is None:
         print("there is no pytest: the tests cannot be run")
         return {"passed": False, "left_out": "there is no pytest"}
-    files = ["tests/test_cuda.py", "tests/test_bad_input.py"]
+    files = [*DEVICE_TESTS, "tests/test_bad_input.py", "tests/test_triton_device.py"]
+    files = [file for file in files if (ROOT / file).exists()]
     return _pytest(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], seconds
     )
 
 
+def suite(seconds: float) -> _Stage:
+    """All other tests but the proofs without a GPU; what a machine lacks for a file is told."""
+    proofs = ["emulation", "machine_code", "traffic", "wheel"]
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests",
+        "--continue-on-collection-errors", *(f"--ignore-glob=*{proof}*" for proof in proofs),
+        *(f"--ignore={file}" for file in DEVICE_TESTS),
+    ]  # fmt: skip
+    told = _pytest(command, seconds)
+    if told["tail"].endswith("out of time"):
+        return told | {"passed": True, "left_out": "out of time"}
+    return told
+
+
+def cuda_tool(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
+
+
 def sanitizer(seconds: float) -> _Stage:
-    tool = shutil.which("compute-sanitizer") or shutil.which(
-        "/usr/local/cuda/bin/compute-sanitizer"
-    )
+    tool = cuda_tool("compute-sanitizer")
     if tool is None:
         print("there is no compute-sanitizer: memcheck and racecheck are left out")
         return {"left_out": "there is no compute-sanitizer"}
@@ -89,7 +115,7 @@ def sanitizer(seconds: float) -> _Stage:
     for check in ("memcheck", "racecheck"):
         command = [
             tool, "--tool", check, "--error-exitcode", "86", sys.executable, "-m", "pytest", "-q",
-            "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", "test_sanitized",
+            "-p", "no:cacheprovider", *DEVICE_TESTS, "-k", "test_sanitized",
         ]  # fmt: skip
         # Every tensor is an allocation of its own, whose ends the tool knows.
         told = _pytest(command, seconds / 2, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -99,6 +125,48 @@ def sanitizer(seconds: float) -> _Stage:
         result[check] = told
         result["passed"] = result["passed"] and told["passed"]
     return result
+
+
+def lagging(layers: list[dict[str, Any]], most: int = 8) -> list[dict[str, Any]]:
+    """What the profiler is asked about: calls of ours that lose to a peer, or at batch 256 reach
+    less than 90 % of copy speed; the worst first."""
+    found = []
+    for row in layers:
+        for layout in ("channels_last", "contiguous"):
+            if layout not in row:
+                continue
+            speedup = row[layout]["against_best_peer"]["median"]
+            part = row[layout]["fraction_of_copy"]
+            if speedup < 1 or (row["batch"] == 256 and part < 0.9):
+                call = {key: row[key] for key in ("shape", "batch", "dtype")}
+                found.append((speedup, call | {"layout": layout}))
+    return [call for _, call in sorted(found, key=lambda pair: pair[0])[:most]]
+
+
+def profile(seconds: float, layers: list[dict[str, Any]]) -> _Stage:
+    """What limits the kernels that lag, by Nsight Compute's own words and figures."""
+    tool = cuda_tool("ncu")
+    if tool is None:
+        return {"left_out": "there is no ncu"}
+    calls, deadline, told = lagging(layers), time.monotonic() + seconds, []
+    for call in calls:
+        left = deadline - time.monotonic()
+        if left < 20:
+            break
+        status, output = run(
+            [tool, "--csv", "--page", "details", "--section", "SpeedOfLight", "--section",
+             "Occupancy", "--kernel-name", "regex:dwconv", "--launch-count", "1", sys.executable,
+             __file__, "--worker", "call", "--seconds", "0", "--rows", json.dumps(call)], left,
+        )  # fmt: skip
+        lines = [line for line in output.splitlines() if line.startswith('"')]
+        figures = {
+            row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip()
+            for row in csv.DictReader(lines) if row.get("Metric Name")
+        }  # fmt: skip
+        if not figures:  # counters are often for administrators only
+            return {"left_out": f"ncu does not work here: {output[-500:]}"}
+        told.append(call | {"figures": figures, "finished": status == 0})
+    return {"passed": True, "rows": told, "asked": len(calls)}
 
 
 def measured(stage: str, seconds: float) -> _Stage:
@@ -136,6 +204,8 @@ def worker(stage: str, seconds: float, rows: str) -> None:
     if stage != "environment":
         import gpu_measure
 
+        if stage == "call":
+            return gpu_measure.call_once(**json.loads(rows))
         return gpu_measure.work(stage, seconds, Path(rows))
     import torch
 
@@ -181,31 +251,11 @@ def table(result: dict[str, Any]) -> str:
             stage = stages[name]
             verdict = stage.get("left_out") or ("passed" if stage["passed"] else "FAILED")
             lines.append(f"- {name}: {verdict} {stage.get('counts', '')}")
-    rows = stages.get("layers", {}).get("rows", [])
-    if rows:
-        lines += [
-            "", "| C, H, kernel, stride | batch | dtype | best peer | µs | ours, channels_last | "
-            "of copy | speed-up | ours, contiguous | of copy | speed-up |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]  # fmt: skip
-    for row in rows:
-        channels, height, _, kernel, stride = row["shape"]
-        cells = [
-            f"{channels}, {height}, {kernel}, {stride}", row["batch"],
-            row["dtype"] + ("" if row["cold"] else " (in L2)"), row["best_peer"],
-            f"{row['us'][row['best_peer']]['median']:.1f}",
-        ]  # fmt: skip
-        for layout in ("channels_last", "contiguous"):
-            if layout in row:
-                speedup = row[layout]["against_best_peer"]["median"]
-                lost = "" if speedup >= 1 else " (we lose)"
-                cells += [
-                    f"{row['us'][f'ours {layout}']['median']:.1f}",
-                    f"{row[layout]['fraction_of_copy']:.0%}", f"{speedup:.2f}x{lost}",
-                ]  # fmt: skip
-            else:
-                cells += ["WRONG", "-", "-"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += _layers(stages.get("layers", {}).get("rows", []))
+    lines += _training(stages.get("training", {}).get("rows", []))
+    for row in stages.get("profile", {}).get("rows", []):
+        call = f"{row['shape']}, batch {row['batch']}, {row['dtype']}, {row['layout']}"
+        lines += ["", f"{call}: " + "; ".join(f"{k} {v}" for k, v in row["figures"].items())]
     rows = stages.get("networks", {}).get("rows", [])
     if rows:
         lines += ["", "| network, batch, dtype | way | images/s | with a CUDA graph | peak MB |",
@@ -217,6 +267,73 @@ def table(result: dict[str, Any]) -> str:
                 f"| {row['images_per_s_graph'][way]:.0f} | {row['peak_bytes'][way] / 1e6:.0f} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _cells(found: _Stage | None, us: float) -> list[str]:
+    """Time, part of copy speed and speed-up of a way of ours that ran."""
+    if found is None:
+        return ["-", "-", "-"]
+    speedup = found["against_best_peer"]["median"]
+    lost = "" if speedup >= 1 else " (we lose)"
+    return [f"{us:.1f}", f"{found['fraction_of_copy']:.0%}", f"{speedup:.2f}x{lost}"]
+
+
+def _head(columns: list[str]) -> list[str]:
+    return ["", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+
+
+def _layers(rows: list[dict[str, Any]]) -> list[str]:
+    ways = ("channels_last", "contiguous", *TRITON)
+    columns = ["C, H, kernel, stride", "batch", "dtype", "best peer", "µs"]
+    for way in ways:
+        columns += [f"ours, {way}", "of copy", "speed-up"]
+    columns.append("Triton's first call, s")
+    lines = _head(columns) if rows else []
+    for row in rows:
+        channels, height, _, kernel, stride = row["shape"]
+        cells = [
+            f"{channels}, {height}, {kernel}, {stride}", row["batch"],
+            row["dtype"] + ("" if row["cold"] else " (in L2)"), row["best_peer"],
+            f"{row['us'][row['best_peer']]['median']:.1f}",
+        ]  # fmt: skip
+        for way in ways:
+            us = row["us"].get(f"ours {way}", {}).get("median", 0)
+            wrong = f"ours {way}" in row["error"] and way not in row
+            cells += ["WRONG", "-", "-"] if wrong else _cells(row.get(way), us)
+        first = row["triton_first_call_s"].values()
+        cells.append(" / ".join(f"{seconds:.1f}" for seconds in first) or "-")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def _training(rows: list[dict[str, Any]]) -> list[str]:
+    layers = [row for row in rows if "shape" in row]
+    steps = [row for row in rows if "shape" not in row]
+    lines = []
+    if layers:
+        lines += [
+            "",
+            "Depthwise layers, training, forward and backward; copy of five passes' bytes.",
+        ]
+        lines += _head(["C, H, kernel, stride", "batch", "dtype", "best peer", "µs", "way of ours",
+                        "µs", "of copy", "speed-up"])  # fmt: skip
+    for row in layers:
+        channels, height, _, kernel, stride = row["shape"]
+        best = row["best_peer"]
+        for way, found in row["ours"].items():
+            cells = [f"{channels}, {height}, {kernel}, {stride}", row["batch"], row["dtype"], best,
+                     f"{row['us'][best]['median']:.1f}", way,
+                     *_cells(found, row["us"][way]["median"])]  # fmt: skip
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if steps:
+        lines += _head(["training step of", "batch", "dtype", "way", "images/s", "peak MB"])
+    for row in steps:
+        for way, rate in row["images_per_s"].items():
+            lines.append(
+                f"| {row['model']}, {row['size']} | {row['batch']} | {row['dtype']} | {way} "
+                f"| {rate:.0f} | {row['peak_bytes'][way] / 1e6:.0f} |"
+            )
+    return lines
 
 
 def main() -> int:
@@ -239,7 +356,7 @@ def main() -> int:
         parser.error(f"--stages: expected some of {', '.join(SHARES)}, got {', '.join(unknown)}")
 
     whole = 60 * options.minutes / sum(SHARES[name] for name in chosen)
-    steps = {"build": build, "tests": tests, "sanitizer": sanitizer}
+    steps = {"build": build, "tests": tests, "sanitizer": sanitizer, "suite": suite}
     result: dict[str, Any] = {}
     passed = True
     for name in [stage for stage in SHARES if stage in chosen]:
@@ -248,7 +365,10 @@ def main() -> int:
         if name != "build" and not result:
             result = begin(options.output, options.commit)
         step = steps.get(name)
-        stage = step(share) if step else measured(name, share)
+        if name == "profile":
+            stage = profile(share, result["stages"].get("layers", {}).get("rows", []))
+        else:
+            stage = step(share) if step else measured(name, share)
         stage["seconds"] = round(time.monotonic() - start, 1)
         if not result:  # it was the build, which the rest needs
             if not stage["passed"]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,12 +25,13 @@ from shapes import shapes
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mnet_kernels import _cuda, models, ops, swap
+from mnet_kernels import _cuda, backends, models, ops, swap
 from mnet_kernels.data import randomise_batchnorm
 from mnet_kernels.fold import fold
 from mnet_kernels.timing import Spread, ratio
 
 Layer = Callable[[Tensor], Tensor]
+DEVICE = "cuda"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": LAST}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 TOLERANCE = {"bfloat16": 5e-2, "float32": 1e-5, "float16": 1e-2}
@@ -98,7 +101,7 @@ def device_times(
 
 def copy_bandwidth() -> float:
     """GB/s of a large device copy, read and written bytes counted."""
-    source = torch.randn(1 << 28, device="cuda")
+    source = torch.randn(1 << 28, device=DEVICE)
     target = torch.empty_like(source)
     seconds = device_times({"copy": lambda: target.copy_(source)}, 1)["copy"].median
     return 2 * source.nbytes / seconds / 1e9
@@ -141,6 +144,24 @@ def compile_ways(
     return ways
 
 
+def first_call_seconds(call: Layer, x: Tensor) -> float:
+    """Of a call that has to compile and tune: Triton's cache on disk starts empty, the one in
+    memory keeps what an earlier row of the same layer and layout compiled."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ["TRITON_CACHE_DIR"] = empty
+        try:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call(x)
+            torch.cuda.synchronize()
+            return time.perf_counter() - start
+        finally:
+            os.environ.pop("TRITON_CACHE_DIR")
+            if before is not None:
+                os.environ["TRITON_CACHE_DIR"] = before
+
+
 def layer_row(
     model: str, shape: tuple[int, ...], batch: int, dtype: str, modes: tuple[str, ...]
 ) -> _Row:
@@ -154,9 +175,9 @@ def layer_row(
     with torch.no_grad():
         bn.running_mean.normal_(), bn.running_var.uniform_(0.5, 2)
         bn.weight.uniform_(0.5, 2), bn.bias.normal_()
-    conv, bn = conv.eval().to("cuda", DTYPES[dtype]), bn.to("cuda", DTYPES[dtype])
+    conv, bn = conv.eval().to(DEVICE, DTYPES[dtype]), bn.to(DEVICE, DTYPES[dtype])
     scale, shift = fold(DTYPES[dtype], None, bn)
-    first = torch.randn(batch, channels, height, width, device="cuda").to(DTYPES[dtype])
+    first = torch.randn(batch, channels, height, width, device=DEVICE).to(DTYPES[dtype])
     some = slice(None, None, max(1, batch - 1))  # the first image and the last
     exact = nn.functional.relu6(
         copy.deepcopy(bn).double()(copy.deepcopy(conv).double()(first[some].double()))
@@ -167,7 +188,7 @@ def layer_row(
 
     graphs: dict[str, Callable[[], object]] = {}
     calls: dict[str, Callable[[], object]] = {}
-    errors, facts = {}, {}
+    errors, facts, first_call = {}, {}, {}
 
     def add(name: str, way: Layer, inputs: list[Tensor], kept: bool = True) -> None:
         replay, y = graph_of(way, inputs)
@@ -183,10 +204,10 @@ def layer_row(
         inputs = [first.to(memory_format=memory_format)]
         inputs += [inputs[0].clone() for _ in range(number - 1)]
 
-        def ours(x: Tensor) -> Tensor:
+        def ours(x: Tensor, backend: str = "cuda") -> Tensor:
             return ops.dwconv_bn_act(
                 x, conv.weight, scale, shift, stride=stride, padding=kernel // 2,
-                activation="relu6", backend="cuda",
+                activation="relu6", backend=backend,
             )  # fmt: skip
 
         chosen = _cuda.facts_of_call(
@@ -202,6 +223,14 @@ def layer_row(
                 add(f"ours {layout}, {variant}", ours, inputs, kept=False)
             finally:
                 _cuda.force_variant("")
+        if backends.why_not("triton", device=DEVICE) is None:
+            way, call = f"ours {layout}, triton", partial(ours, backend="triton")
+            errors[way] = float("inf")  # where it cannot even be called
+            try:
+                first_call[layout] = first_call_seconds(call, inputs[0])
+                add(way, call, inputs)
+            except Exception as error:  # CUDA's rows still count
+                print(f"{way}: {type(error).__name__}: {error}")
         for name in ("cudnn", "native"):
             with engine(name):
                 for way, call in layer_ways(conv, bn, layout).items():
@@ -211,7 +240,7 @@ def layer_row(
                 add(f"{way} {layout}", call, inputs)
         del inputs
 
-    half = [torch.empty(nbytes // 2, dtype=torch.uint8, device="cuda") for _ in range(number)]
+    half = [torch.empty(nbytes // 2, dtype=torch.uint8, device=DEVICE) for _ in range(number)]
     graphs["copy"], _ = graph_of(torch.clone, half)
     with engine("cudnn"):
         times = device_times(graphs, number)
@@ -223,19 +252,40 @@ def layer_row(
         "bytes": nbytes, "cold": number * nbytes > 3 * l2, "best_peer": best, "kernel": facts,
         "us": {n: s.summary(1e-6) for n, s in times.items()},
         "call_us": {n: s.summary(1e-6) for n, s in plain.items()}, "error": errors,
+        "triton_first_call_s": first_call,
         "ours_correct": all(n in graphs for n in errors if n.startswith("ours")),
     }  # fmt: skip
+    eager = min((n for n in peers if "eager" in n), key=lambda n: times[n].median)
+    compiled_ways = [n for n in peers if n.startswith(("compile", "max-autotune"))]
     for layout in LAYOUTS:
-        spread = times.get(f"ours {layout}")
-        if spread is not None:
-            eager = min((n for n in peers if "eager" in n), key=lambda n: times[n].median)
-            row[layout] = {
+        for key in (layout, f"{layout}, triton"):
+            spread = times.get(f"ours {key}")
+            if spread is None:
+                continue
+            row[key] = {
                 "gb_per_s": nbytes / spread.median / 1e9,
                 "fraction_of_copy": times["copy"].median / spread.median,
                 "against_best_peer": ratio(times[best], spread).summary(),
                 "against_eager": ratio(times[eager], spread).summary(),
             }
+            if compiled_ways:
+                fastest = min(compiled_ways, key=lambda n: times[n].median)
+                row[key]["against_compile"] = ratio(times[fastest], spread).summary()
     return row
+
+
+def call_once(shape: list[int], batch: int, dtype: str, layout: str) -> None:
+    """One call of ours, for a profiler to look at."""
+    channels, height, width, kernel, stride = shape
+    x = torch.randn(batch, channels, height, width, device=DEVICE).to(DTYPES[dtype])
+    weight = torch.randn(channels, 1, kernel, kernel, device=DEVICE).to(DTYPES[dtype])
+    scale = torch.rand(channels, device=DEVICE)
+    ops.dwconv_bn_act(
+        x.to(memory_format=LAYOUTS[layout]), weight, scale, scale, stride=stride,
+        padding=kernel // 2, activation="relu6", backend="cuda",
+    )  # fmt: skip
+    if x.is_cuda:
+        torch.cuda.synchronize()
 
 
 def layer_plan() -> list[tuple[Any, ...]]:
@@ -246,10 +296,11 @@ def layer_plan() -> list[tuple[Any, ...]]:
     plan = [(*s, 256, dtype, both) for dtype in ("bfloat16", "float32") for s in v1]
     plan += [(*s, batch, "bfloat16", ("compile",)) for batch in (1, 32) for s in v1]
     plan += [(*s, 256, "bfloat16", ("compile",)) for s in v3]
-    plan += [(*s, batch, "float32", ()) for batch in (1, 32) for s in v1]
-    plan += [(*s, batch, "bfloat16", ()) for batch in (1, 32) for s in v3]
-    plan += [(*s, batch, "float32", ()) for batch in (256, 32, 1) for s in v3]
-    plan += [(*s, batch, "float16", ()) for batch in (256, 32, 1) for s in v1 + v3]
+    one = ("compile",)
+    plan += [(*s, batch, "float32", one) for batch in (1, 32) for s in v1]
+    plan += [(*s, batch, "bfloat16", one) for batch in (1, 32) for s in v3]
+    plan += [(*s, batch, "float32", one) for batch in (256, 32, 1) for s in v3]
+    plan += [(*s, batch, "float16", one) for batch in (256, 32, 1) for s in v1 + v3]
     return plan
 
 
@@ -270,8 +321,8 @@ def network_row(name: str, batch: int, dtype: str, compile_too: bool) -> _Row:
     torch.manual_seed(1)
     model = networks()[name]().eval()
     randomise_batchnorm(model, torch.randn(4, 3, 224, 224), 0)
-    model = model.to("cuda", DTYPES[dtype])
-    x = torch.randn(batch, 3, 224, 224, device="cuda").to(DTYPES[dtype])
+    model = model.to(DEVICE, DTYPES[dtype])
+    x = torch.randn(batch, 3, 224, 224, device=DEVICE).to(DTYPES[dtype])
     last, model_last = x.to(memory_format=LAST), copy.deepcopy(model).to(memory_format=LAST)
     exact = copy.deepcopy(model).double()(x[:2].double())
     ways: dict[str, tuple[nn.Module | Layer, Tensor]] = {
@@ -313,23 +364,28 @@ def network_row(name: str, batch: int, dtype: str, compile_too: bool) -> _Row:
 
 def network_plan() -> list[tuple[Any, ...]]:
     names = list(networks())
-    plan = [(n, batch, "bfloat16", True) for batch in (256, 1, 32) for n in names]
-    return plan + [(n, batch, "float32", batch == 256) for batch in (256, 1, 32) for n in names]
+    both = ("bfloat16", "float32")
+    return [(n, batch, dtype, True) for dtype in both for batch in (256, 1, 32) for n in names]
 
 
 def work(stage: str, seconds: float, output: Path) -> None:
     """Rows of a stage as JSON lines, each written when it is done."""
     clock = Clock(seconds)
-    make, plan = {
-        "layers": (layer_row, layer_plan()), "networks": (network_row, network_plan())
-    }[stage]  # fmt: skip
+    if stage == "training":
+        import gpu_training
+
+        plan = gpu_training.plan()
+    elif stage == "layers":
+        plan = [(layer_row, *arguments) for arguments in layer_plan()]
+    else:
+        plan = [(network_row, *arguments) for arguments in network_plan()]
     with open(output, "w") as lines, torch.no_grad():
-        for number, arguments in enumerate(plan):
+        for number, (make, *arguments) in enumerate(plan):
             if clock.spent() > 0.95:
                 print(f"{stage}: out of time, {len(plan) - number} of {len(plan)} rows left out")
                 break
-            if clock.spent() > 0.6 and stage == "layers":
-                arguments = (*arguments[:-1], ())  # compiling costs most
+            if clock.spent() > 0.6 and stage != "networks":
+                arguments[-1] = ()  # compiling costs most
             torch.cuda.empty_cache()
             try:
                 row = make(*arguments)

@@ -8,11 +8,9 @@ import functools
 import pytest
 from emulation import traffic
 
-#: Chosen variants with worse bank conflicts than two-way, and what they have: known losses.
-CONFLICTS = {
-    "nchw bfloat16 256 28 28 3 1 contiguous_run yes": 3,
-    "nchw bfloat16 256 28 28 3 2 contiguous_run yes": 4,
-}
+#: Chosen passes whose blocks read more than 1.3 times their input, and how much: planes of 98
+#: bytes, a block each, share their sectors with the next.
+SHARED_SECTORS = {("nchw", "bfloat16", "7"): 1.31}
 
 
 @functools.cache
@@ -40,15 +38,16 @@ def test_no_variant_moves_more_than_committed():
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 def test_goals_of_the_chosen_variants(layout):
     """What reaches the L2 cache is at most 1.3 times the input, in whole sectors for
-    channels_last; shared memory has no conflict above two-way but the known ones. The general
-    kernel is not built for speed."""
+    channels_last; shared memory has no conflict above two-way. The general kernel is not built for
+    speed."""
     chosen = [row for row in counted() if row["chosen"] and row["layout"] == layout]
-    assert len(chosen) == len(traffic.layers()) * len(traffic.DTYPES)
+    assert len(chosen) == len(traffic.layers()) * len(traffic.DTYPES) * (1 + len(traffic.PASSES))
     if layout == "nhwc":
-        assert all(row["x_sectors"] == row["y_sectors"] == 1 for row in chosen)
+        assert all(row["x_sectors"] == 1 and row["y_sectors"] in (0, 1) for row in chosen)
         assert not any(row["variant"] == "general" for row in chosen)
     for row in chosen:
         if row["variant"] == "general":
             continue
-        assert row["stride"] == "2" or row["past_l1"] <= 1.3, name(row)
-        assert row["ways"] <= CONFLICTS.get(name(row), 2), name(row)
+        most = SHARED_SECTORS.get((row["layout"], row["dtype"], row["h"]), 1.3)
+        assert row["stride"] == "2" or row["past_l1"] <= most, name(row)
+        assert row["ways"] <= 2, name(row)

@@ -22,6 +22,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("variants", &mnet::cuda::variants, "The forward kernels by name.");
   m.def("force_variant", &mnet::cuda::force_variant, py::arg("name"),
         "Use this forward kernel from now on (tests and benchmarks); \"\" chooses again.");
+  m.def("force_general_backward", &mnet::cuda::force_general_backward, py::arg("general"),
+        "Use the general kernels of backward and training from now on; False chooses again.");
   py::class_<CallFacts>(m, "CallFacts")
       .def_readonly("variant", &CallFacts::variant)
       .def_readonly("able", &CallFacts::able)

@@ -35,8 +35,12 @@ struct BackwardChoice {
   std::string_view first, data;
 };
 
+// What runs every call.
+inline constexpr BackwardChoice kGeneralBackward{DwconvBackwardGeneral::kName,
+                                                 DwconvBackwardDataGeneral::kName};
+
 inline BackwardChoice choose(const DwconvBackwardCall& call) {
-  BackwardChoice choice{DwconvBackwardGeneral::kName, DwconvBackwardDataGeneral::kName};
+  BackwardChoice choice = kGeneralBackward;
   if (DwconvBackwardStream::can_run(call)) choice.first = DwconvBackwardStream::kName;
   if (DwconvBackwardDataParity::can_run(call)) choice.data = DwconvBackwardDataParity::kName;
   if (DwconvBackwardDataTransposed::can_run(call))
@@ -56,12 +60,16 @@ inline bool needs_dconv(const BackwardChoice& choice) {
 }
 
 // Starts what computes those of dx and (dweight, dscale, dshift) that have a place to go to.
-// run_forward(call) starts a forward kernel of the same element.
+// run_forward(call) starts a forward kernel of the same element. Of the passes through statistics,
+// the first step is here only where it is the general kernel's.
 template <typename Element, typename Launcher, typename Forward>
 void launch_backward(Launcher&& launcher, const BackwardChoice& choice,
                      const DwconvBackwardCall& call, Forward&& run_forward) {
   const bool empty = call.forward.N == 0;  // sums of nothing are zeros
-  if (!empty) BackwardVariants::launch<Element>(launcher, choice.first, call);
+  const bool first =
+      call.pass == BackwardPass::frozen || choice.first == DwconvBackwardGeneral::kName;
+  if (!empty && first) BackwardVariants::launch<Element>(launcher, choice.first, call);
+  if (call.pass == BackwardPass::reduction) return;
   if (call.dweight) launch_backward_sum<Element>(launcher, call);
   if (empty || call.dx == nullptr) return;
   if (choice.data == DwconvBackwardDataTransposed::kName)

@@ -1,4 +1,4 @@
-// The backward of dwconv_bn_act with frozen statistics: what its kernels share.
+// The backward of dwconv_bn_act: what its kernels share. With frozen statistics:
 //
 //   z = scale * conv(x) + shift      recomputed in float32 from x, never in memory
 //   dz = dy * act'(z)                dshift = sum(dz), dscale = sum(dz * conv(x))
@@ -16,6 +16,9 @@
 // their conversions an element of 6 bytes (16-bit types): more than a GPU does while it moves them.
 // Native moves 5 for z and its activation, 3 for dz, 2 for dconv, 3 for dscale, 1 for dshift, 2
 // for dx and at least 2 for dweight: 18 for stride 1.
+//
+// Through the batch's own statistics (dwconv_training_call.cuh) the first step becomes two: one
+// that only sums, and one whose dconv = dz * scale + (conv - mean) * by_conv + constant.
 #pragma once
 
 #include "../activation_backward.h"
@@ -23,17 +26,29 @@
 
 namespace mnet::cuda {
 
+// What a pass over x does, over dy too for all but the second.
+enum class BackwardPass {
+  frozen,      // dconv and all sums: KH * KW + 2 rows
+  statistics,  // moments of the convolution alone: the forward's, in training
+  reduction,   // the sums of dz * (conv - mean) and of dz alone: 2 rows
+  through,     // dconv with these in it, and the weight's sums: KH * KW rows
+};
+
 struct DwconvBackwardCall {
   DwconvCall forward;  // its y is not used
   const void* dy;      // (N, K, OH, OW); dtype and layout of this and all below are x's
   void* dconv;         // (N, K, OH, OW); null where nothing reads it
-  float* partials;     // (chunks, KH * KW + 2, K); null where no sums are wanted
-  int64_t chunks;
-  void* dx;       // (N, C, H, W), or null
-  void* flipped;  // (K, 1, KH, KW), room for the transposed convolution's weight
-  void* dweight;  // (K, 1, KH, KW), or null, and then the next two are, too
-  float* dscale;  // (K,)
-  float* dshift;  // (K,)
+  float* partials;     // (chunks, rows, K); null where no sums are wanted
+  int64_t chunks, rows;
+  BackwardPass pass;
+  const float* mean;      // (K,), taken from the convolution first; null for 0
+  const float* by_conv;   // (K,), for the pass through the statistics, as is
+  const float* constant;  // (K,)
+  void* dx;               // (N, C, H, W), or null
+  void* flipped;          // (K, 1, KH, KW), room for the transposed convolution's weight
+  void* dweight;          // (K, 1, KH, KW), or null, and then the next two are, too
+  float* dscale;          // (K,)
+  float* dshift;          // (K,)
 };
 
 inline constexpr int kBackwardThreads = 128;
@@ -52,16 +67,19 @@ struct BackwardShare {
 // GPU runs. More chunks would cost the second step more than they gain the first.
 inline constexpr int64_t kBackwardBlocks = 1056;
 
-inline BackwardShare backward_share(const DwconvCall& call, int V, int64_t items) {
+// most_lanes: neighbouring vectors of channels a block takes.
+inline BackwardShare backward_share(const DwconvCall& call, int V, int64_t items,
+                                    int most_lanes = 32) {
   BackwardShare share{};
   share.items = items;
   const int64_t vectors = call.K / V;
   share.lanes = 1;
   if (call.channels_last) {
     // As many as share a warp with the fewest that have no channel.
-    share.lanes = 32;
+    share.lanes = most_lanes;
     for (int lanes : {16, 8, 4})
-      if (divide_up(vectors, lanes) * lanes < divide_up(vectors, share.lanes) * share.lanes)
+      if (lanes < most_lanes &&
+          divide_up(vectors, lanes) * lanes < divide_up(vectors, share.lanes) * share.lanes)
         share.lanes = lanes;
   }
   share.groups = divide_up(vectors, share.lanes);
@@ -95,39 +113,45 @@ __device__ __forceinline__ void activation_backward_all(Activation activation, f
   }
 }
 
-// Shared memory of store_partials.
+// Shared memory of store_partials: a row a sum of a vector's channels, a column a thread.
 constexpr int partials_bytes(int count, int V) {
-  return count * V * (kBackwardThreads + 1) * static_cast<int>(sizeof(float));
+  return count * V * (kBackwardThreads + 32 / V) * static_cast<int>(sizeof(float));
+}
+
+// Rows lie so far apart that a warp's threads, which read neighbouring channels, hit different
+// banks.
+template <int V>
+__device__ __forceinline__ int partials_pitch(const BackwardShare& share) {
+  return kBackwardThreads + (share.lanes < 32 / V ? share.lanes : 32 / V);
 }
 
 // Adds what the slices of a block have summed, in their order, and writes rows `first` to
-// first + Count (those below `rows`) of the chunk's partial sums. `k` is the block's first channel.
+// first + Count (those below `end`) of the chunk's partial sums. `k` is the block's first channel.
 template <int Count, int V>
 __device__ __forceinline__ void store_partials(const DwconvBackwardCall& call,
                                                const BackwardShare& share, int64_t chunk,
-                                               int64_t first, int64_t rows, int64_t k,
+                                               int64_t first, int64_t end, int64_t k,
                                                const float (&sums)[Count][V]) {
-  constexpr int kPitch = kBackwardThreads + 1;  // threads that read a column hit different banks
+  const int pitch = partials_pitch<V>(share);
   auto* shared = reinterpret_cast<float*>(shared_memory());
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < Count * V; ++i) {
     const float value[1] = {sums[i / V][i % V]};
-    store_shared(shared + i * kPitch + thread, narrow<float>(value));
+    store_shared(shared + i * pitch + thread, narrow<float>(value));
   }
   __syncthreads();
   const int64_t K = call.forward.K;
   const int channels = share.lanes * V;
   for (int at = thread; at < Count * channels; at += kBackwardThreads) {
     const int row = at / channels, channel = at % channels;
-    const float* from = shared + (row * V + channel % V) * kPitch + channel / V;
+    const float* from = shared + (row * V + channel % V) * pitch + channel / V;
     float sum[1] = {0};
 #pragma unroll 8
     for (int lane = 0; lane < kBackwardThreads; lane += share.lanes)
       sum[0] += load_shared<1>(from + lane).lane[0];
-    const int64_t all = call.forward.KH * call.forward.KW + 2;
-    store(call.partials + (chunk * all + first + row) * K + k + channel, narrow<float>(sum),
-          first + row < rows && k + channel < K);
+    store(call.partials + (chunk * call.rows + first + row) * K + k + channel, narrow<float>(sum),
+          first + row < end && k + channel < K);
   }
 }
 

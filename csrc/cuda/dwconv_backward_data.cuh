@@ -14,19 +14,23 @@ namespace mnet::cuda {
 inline constexpr int kDataThreads = 256;
 
 template <typename Element, typename Index>
-__global__ void __launch_bounds__(kDataThreads)
+__global__ void __launch_bounds__(kDataThreads, sizeof(Index) == 8 ? 3 : 6)
     dwconv_backward_data_general(const DwconvBackwardCall call) {
   const DwconvCall& forward = call.forward;
   const Index C = forward.C, H = forward.H, W = forward.W, K = forward.K;
   const Index OH = forward.OH, OW = forward.OW, KH = forward.KH, KW = forward.KW;
   const Index at = static_cast<Index>(blockIdx.x) * kDataThreads + threadIdx.x;
   if (at >= static_cast<Index>(forward.N) * C * H * W) return;
-  Index n, c, ih, iw;
-  if (forward.channels_last) {
-    c = at % C, iw = at / C % W, ih = at / C / W % H, n = at / C / W / H;
-  } else {
-    iw = at % W, ih = at / W % H, c = at / W / H % C, n = at / W / H / C;
-  }
+  Index n = at;
+  auto next = [&](Index size) {
+    const Index whole = n / size, place = n - whole * size;
+    n = whole;
+    return place;
+  };
+  Index c = 0;
+  if (forward.channels_last) c = next(C);
+  const Index iw = next(W), ih = next(H);
+  if (!forward.channels_last) c = next(C);
   const auto* dconv = static_cast<const Element*>(call.dconv);
   const auto* weight = static_cast<const Element*>(forward.weight);
   const Index SH = forward.SH, SW = forward.SW, multiplier = forward.multiplier;

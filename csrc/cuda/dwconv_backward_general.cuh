@@ -57,7 +57,21 @@ __device__ __forceinline__ float input_at(const DwconvCall& call, Index plane, I
       load<1>(static_cast<const Element*>(call.x) + plane + (ih * W + iw) * pixel, inside).lane[0]);
 }
 
-// dconv, and the partial sums of dscale and dshift.
+// The convolution at output pixel `out`; `weight`: its channel's.
+template <typename Element, typename Index>
+__device__ __forceinline__ float convolution_at(const DwconvCall& call, const Element* weight,
+                                                const OutputPixel<Index>& out) {
+  const Index KH = call.KH, KW = call.KW;
+  float conv = 0;
+  for (Index kh = 0; kh < KH; ++kh)
+    for (Index kw = 0; kw < KW; ++kw)
+      conv += input_at<Element>(call, out.plane, out.ih + kh * static_cast<Index>(call.DH),
+                                out.iw + kw * static_cast<Index>(call.DW), true) *
+              widen(load<1>(weight + kh * KW + kw).lane[0]);
+  return conv;
+}
+
+// dconv, and the partial sums of dz * (conv - mean) and dz, where the pass has them.
 template <typename Element, typename Index>
 __global__ void __launch_bounds__(kBackwardThreads)
     dwconv_backward_general(const DwconvBackwardCall call, const BackwardShare share) {
@@ -70,26 +84,25 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const bool here = at.k < static_cast<Index>(forward.K);
   const float scale = here ? per_channel(forward.scale, at.k, 1) : 0;
   const float shift = here ? per_channel(forward.shift, at.k, 0) : 0;
+  const float mean = here ? per_channel(call.mean, at.k, 0) : 0;
+  const float by_conv = here ? per_channel(call.by_conv, at.k, 0) : 0;
+  const float constant = here ? per_channel(call.constant, at.k, 0) : 0;
 
   float sums[2][1] = {};
   for (Index item = at.item; item < at.end; item += at.step) {
     const OutputPixel<Index> out(forward, item, at.k);
-    float conv = 0;
-    for (Index kh = 0; kh < KH; ++kh)
-      for (Index kw = 0; kw < KW; ++kw)
-        conv += input_at<Element>(forward, out.plane, out.ih + kh * static_cast<Index>(forward.DH),
-                                  out.iw + kw * static_cast<Index>(forward.DW), true) *
-                widen(load<1>(weight + kh * KW + kw).lane[0]);
+    const float conv = convolution_at<Element>(forward, weight, out) - mean;
     const float z[1] = {conv * scale + shift};
     float dz[1] = {widen(load<1>(static_cast<const Element*>(call.dy) + out.y).lane[0])};
     activation_backward_all(forward.activation, forward.slope, z, dz);
-    const float dconv[1] = {dz[0] * scale};
-    store(static_cast<Element*>(call.dconv) + out.y, narrow<Element>(dconv));
+    float dconv[1] = {dz[0] * scale};
+    if (call.pass == BackwardPass::through) dconv[0] += conv * by_conv + constant;
+    store(static_cast<Element*>(call.dconv) + out.y, narrow<Element>(dconv), call.dconv != nullptr);
     sums[0][0] += dz[0] * conv;
     sums[1][0] += dz[0];
   }
-  if (call.partials == nullptr) return;
-  store_partials(call, share, chunk, KH * KW, KH * KW + 2, group * share.lanes, sums);
+  if (call.partials == nullptr || call.pass == BackwardPass::through) return;
+  store_partials(call, share, chunk, call.rows - 2, call.rows, group * share.lanes, sums);
 }
 
 // The partial sums of dweight, from the stored dconv: one group of taps a block.
@@ -129,14 +142,18 @@ struct DwconvBackwardGeneral {
     return backward_share(forward, 1, forward.N * forward.OH * forward.OW);
   }
 
-  template <typename Element, typename Launcher>
-  static void launch(Launcher&& launcher, const DwconvBackwardCall& call) {
-    const DwconvCall& forward = call.forward;
+  // Whether 32-bit indices reach all of the call.
+  static bool fits_int32(const DwconvCall& forward) {
     const int64_t outputs = forward.N * forward.K * forward.OH * forward.OW;
     const int64_t padded_height = (forward.OH - 1) * forward.SH + forward.KH * forward.DH;
     const int64_t padded_width = (forward.OW - 1) * forward.SW + forward.KW * forward.DW;
-    if (fit_int32({outputs, forward.N * forward.C * forward.H * forward.W,
-                   forward.K * forward.KH * forward.KW, padded_height, padded_width}))
+    return fit_int32({outputs, forward.N * forward.C * forward.H * forward.W,
+                      forward.K * forward.KH * forward.KW, padded_height, padded_width});
+  }
+
+  template <typename Element, typename Launcher>
+  static void launch(Launcher&& launcher, const DwconvBackwardCall& call) {
+    if (fits_int32(call.forward))
       launch_as<Element, int>(launcher, call);
     else
       launch_as<Element, int64_t>(launcher, call);
@@ -147,11 +164,12 @@ struct DwconvBackwardGeneral {
   static void launch_as(Launcher&& launcher, const DwconvBackwardCall& call) {
     const BackwardShare share = DwconvBackwardGeneral::share(call);
     const bool sums = call.partials != nullptr;
+    const bool pair = sums && call.pass != BackwardPass::through;
     launcher(dwconv_backward_general<Element, Index>,
-             Geometry{share.blocks(), kBackwardThreads, sums ? partials_bytes(2, 1) : 0, sums},
+             Geometry{share.blocks(), kBackwardThreads, pair ? partials_bytes(2, 1) : 0, pair},
              call, share);
     const int64_t tap_groups = divide_up(call.forward.KH * call.forward.KW, kTapsAtOnce);
-    if (sums)
+    if (sums && call.pass != BackwardPass::reduction)
       launcher(dwconv_backward_general_weight<Element, Index>,
                Geometry{share.blocks() * tap_groups, kBackwardThreads,
                         partials_bytes(kTapsAtOnce, 1), true},

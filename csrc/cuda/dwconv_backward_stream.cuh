@@ -6,7 +6,8 @@
 // The rows are moved up in registers, a fifth of the instructions: K copies of the loop's body,
 // each with the rows in their places, save that but keep so much alive that they spill.
 //
-// Channels_last: lanes are neighbouring vectors of channels. Contiguous: a block owns one channel
+// Channels_last: lanes are neighbouring vectors of channels, few enough that the columns between a
+// block's slices, which each of two reads, are few too. Contiguous: a block owns one channel
 // and its lanes are neighbouring columns (V = 1).
 #pragma once
 
@@ -22,7 +23,8 @@ struct BackwardStreamPlan {
   int rows, row_blocks;
 };
 
-template <typename Element, int K, int S, int V, int P>
+// Through: the pass through the batch's statistics, else the one with frozen ones.
+template <typename Element, int K, int S, int V, int P, bool Through>
 __global__ void __launch_bounds__(kBackwardThreads, K == 3 && V == 1 ? 5 : 2)
     dwconv_backward_stream(const DwconvBackwardCall call, const BackwardStreamPlan plan) {
   const DwconvCall& forward = call.forward;
@@ -41,10 +43,16 @@ __global__ void __launch_bounds__(kBackwardThreads, K == 3 && V == 1 ? 5 : 2)
   auto* dconv_to = static_cast<Element*>(call.dconv) + (last ? c : int64_t{c} * (OH * OW));
 
   float taps[K * K][V], scale[V], shift[V];
+  float mean[Through ? V : 1], by_conv[Through ? V : 1], constant[Through ? V : 1];
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     scale[v] = here ? per_channel(forward.scale, c + v, 1) : 0;
     shift[v] = here ? per_channel(forward.shift, c + v, 0) : 0;
+    if constexpr (Through) {
+      mean[v] = here ? per_channel(call.mean, c + v, 0) : 0;
+      by_conv[v] = here ? per_channel(call.by_conv, c + v, 0) : 0;
+      constant[v] = here ? per_channel(call.constant, c + v, 0) : 0;
+    }
 #pragma unroll
     for (int t = 0; t < K * K; ++t)
       taps[t][v] = widen(load<1>(static_cast<const Element*>(forward.weight) +
@@ -53,7 +61,8 @@ __global__ void __launch_bounds__(kBackwardThreads, K == 3 && V == 1 ? 5 : 2)
                              .lane[0]);
   }
 
-  float sums[K * K + 2][V] = {};
+  constexpr int kRows = Through ? K * K : K * K + 2;
+  float sums[kRows][V] = {};
   const int per_chunk = static_cast<int>(share.per_chunk), items = static_cast<int>(share.items);
   const int end =
       here ? (chunk + 1 < static_cast<int>(share.chunks) ? (chunk + 1) * per_chunk : items) : 0;
@@ -114,13 +123,20 @@ __global__ void __launch_bounds__(kBackwardThreads, K == 3 && V == 1 ? 5 : 2)
 #pragma unroll
           for (int v = 0; v < V; ++v) conv[v] += window[kh][kw][v] * taps[kh * K + kw][v];
 #pragma unroll
-      for (int v = 0; v < V; ++v) z[v] = conv[v] * scale[v] + shift[v];
+      for (int v = 0; v < V; ++v) {
+        if constexpr (Through) conv[v] -= mean[v];
+        z[v] = conv[v] * scale[v] + shift[v];
+      }
       activation_backward_all(forward.activation, forward.slope, z, dz);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         dconv[v] = dz[v] * scale[v];
-        sums[K * K][v] += dz[v] * conv[v];
-        sums[K * K + 1][v] += dz[v];
+        if constexpr (Through) {
+          dconv[v] += conv[v] * by_conv[v] + constant[v];
+        } else {
+          sums[K * K][v] += dz[v] * conv[v];
+          sums[K * K + 1][v] += dz[v];
+        }
       }
       store(dconv_to + out + r * OW * pixel, narrow<Element>(dconv), call.dconv != nullptr);
 #pragma unroll
@@ -135,10 +151,11 @@ __global__ void __launch_bounds__(kBackwardThreads, K == 3 && V == 1 ? 5 : 2)
     }
   }
   if (call.partials == nullptr) return;
-  store_partials(call, share, chunk, 0, K * K + 2, int64_t{group} * lanes * V, sums);
+  store_partials(call, share, chunk, 0, kRows, int64_t{group} * lanes * V, sums);
 }
 
-struct DwconvBackwardStream {
+template <bool Through>
+struct DwconvBackwardStreamOf {
   static constexpr const char* kName = "stream";
 
   static bool can_run(const DwconvBackwardCall& call) {
@@ -146,7 +163,7 @@ struct DwconvBackwardStream {
     const int64_t K = f.KH, S = f.SH;
     const int64_t height = std::max(f.H, (f.OH + K) * S + K), width = std::max(f.W, f.OW * S + K);
     return f.multiplier == 1 && f.DH == 1 && f.DW == 1 && f.KW == K &&
-           (K == 3 || K == 5 || K == 7) && f.SW == S && (S == 1 || S == 2) &&
+           (K == 3 || K == 5 || (K == 7 && !Through)) && f.SW == S && (S == 1 || S == 2) &&
            fit_int32({height * width * f.C, f.N * f.OH * f.OW, f.C * K * K});
   }
 
@@ -160,7 +177,7 @@ struct DwconvBackwardStream {
     };
     if (call.forward.KH == 3) return stride(std::integral_constant<int, 3>{});
     if (call.forward.KH == 5) return stride(std::integral_constant<int, 5>{});
-    return stride(std::integral_constant<int, 7>{});
+    if constexpr (!Through) return stride(std::integral_constant<int, 7>{});
   }
 
  private:
@@ -190,7 +207,7 @@ struct DwconvBackwardStream {
     auto threads = [&] { return f.N * f.OW * divide_up(f.OH, rows) * (f.C / V); };
     while (rows > 7 && threads() < kBackwardBlocks * kBackwardThreads) rows = divide_up(rows, 2);
     const int64_t row_blocks = divide_up(f.OH, rows);
-    return {backward_share(f, V, f.N * row_blocks * f.OW), static_cast<int>(rows),
+    return {backward_share(f, V, f.N * row_blocks * f.OW, V > 1 ? 8 : 32), static_cast<int>(rows),
             static_cast<int>(row_blocks)};
   }
 
@@ -202,14 +219,17 @@ struct DwconvBackwardStream {
 
   template <typename Element, int K, int S, int V, typename Launcher>
   static void launch_as(Launcher&& launcher, const DwconvBackwardCall& call) {
-    const BackwardStreamPlan plan = DwconvBackwardStream::plan(call);
+    const BackwardStreamPlan plan = DwconvBackwardStreamOf::plan(call);
     const bool sums = call.partials != nullptr;
     constexpr int P = rows_coming(K, (S * K + 1) * V * static_cast<int>(sizeof(Element)));
-    launcher(dwconv_backward_stream<Element, K, S, V, P>,
-             Geometry{plan.share.blocks(), kBackwardThreads,
-                      sums ? partials_bytes(K * K + 2, V) : 0, sums},
-             call, plan);
+    const Geometry geometry{plan.share.blocks(), kBackwardThreads,
+                            sums ? partials_bytes(static_cast<int>(call.rows), V) : 0, sums};
+    launcher(dwconv_backward_stream<Element, K, S, V, P, Through>, geometry, call, plan);
   }
 };
+
+using DwconvBackwardStream = DwconvBackwardStreamOf<false>;
+// 7x7 kernels are the general one's there.
+using DwconvBackwardStreamThrough = DwconvBackwardStreamOf<true>;
 
 }  // namespace mnet::cuda

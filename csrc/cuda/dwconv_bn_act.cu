@@ -1,15 +1,11 @@
 // dwconv_bn_act on a GPU: check the call, make its memory dense, choose the kernel, start it on the
 // current stream of x's device. Nothing is allocated but the output and copies of odd strides.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-
 #include <atomic>
 
-#include "../tensor.h"
 #include "dwconv_launch.h"
 #include "dwconv_variants.cuh"
 #include "facts.h"
+#include "operators.h"
 
 namespace mnet::cuda {
 namespace {
@@ -35,25 +31,6 @@ void launch(const Launcher& launcher, const char* variant, const DwconvCall& cal
   }
 }
 
-void check_dtype(const Problem& p) {
-  if (p.dtype == DType::float64)
-    check::fail(kOp, "x", "float32, float16 or bfloat16 on a GPU", "float64");
-}
-
-void* current_stream(int32_t device) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return stream;
-}
-
-const float* values(const std::optional<Tensor>& t) {
-  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
-}
-
-std::optional<Tensor> dense(const std::optional<Tensor>& t) {
-  return t ? std::optional<Tensor>(dense_1d(*t)) : t;
-}
-
 }  // namespace
 
 Tensor dwconv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> scale,
@@ -64,7 +41,7 @@ Tensor dwconv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> scale,
   const Problem p = checked_problem(
       kOp, facts, facts_of(weight), facts_of(scale), facts_of(shift),
       {std::move(stride), std::move(padding), std::move(dilation), std::move(activation), slope});
-  check_dtype(p);
+  check_dtype(kOp, p);
   const torch::stable::accelerator::DeviceGuard guard(facts.device_index);
   const Layout layout = layout_of(x);
   const Tensor input = mnet::dense(x, layout);
@@ -113,7 +90,7 @@ CallFacts facts_of_call(const std::vector<int64_t>& x, const std::string& dtype,
   input.dtype_name = taps.dtype_name = dtype.c_str();
   const Problem p =
       checked_problem(kOp, input, taps, {}, {}, {stride, padding, dilation, "relu6", 0});
-  check_dtype(p);
+  check_dtype(kOp, p);
   const DwconvCall call = call_of(p, channels_last);
   const char* variant = variant_for(call);
   KernelFacts kernel;

@@ -127,6 +127,29 @@ __device__ __forceinline__ void finish(const DwconvCall& call, float (&sum)[T * 
   }
 }
 
+// Adds column j of input row `phase` (modulo the rows after which all is as before) to all that it
+// reaches of T columns of output rows; output row r waits in sums[r % ((K + S - 1) / S)].
+template <int K, int S, int T, int V>
+__device__ __forceinline__ void add_column(int phase, int j, const float (&in)[V],
+                                           const float (&taps)[K * K][V],
+                                           float (&sums)[(K + S - 1) / S][T * V]) {
+  constexpr int kRing = (K + S - 1) / S, kPeriod = kRing * S;
+#pragma unroll
+  for (int t = 0; t < T; ++t) {
+    const int kw = j - t * S;
+    if (kw < 0 || kw >= K) continue;
+#pragma unroll
+    for (int kh = phase % S; kh < K; kh += S) {
+      float (&sum)[T * V] = sums[(phase - kh + kPeriod) / S % kRing];
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const float before = kh == 0 && kw == 0 ? 0 : sum[t * V + v];
+        sum[t * V + v] = before + in[v] * taps[kh * K + kw][v];
+      }
+    }
+  }
+}
+
 template <typename Element, int K, int S, int V, int P, bool Clamps>
 __global__ void __launch_bounds__(kChannelsLastThreads, 2)
     dwconv_channels_last_stream(const DwconvCall call, const ChannelsLastPlan plan) {
@@ -179,20 +202,7 @@ __global__ void __launch_bounds__(kChannelsLastThreads, 2)
         float in[V];
         widen(coming[phase % P][j], in);
         coming[phase % P][j] = request(i + P, j);
-#pragma unroll
-        for (int t = 0; t < T; ++t) {
-          const int kw = j - t * S;
-          if (kw < 0 || kw >= K) continue;
-#pragma unroll
-          for (int kh = phase % S; kh < K; kh += S) {
-            float (&sum)[T * V] = sums[(phase - kh + kPeriod) / S % kRing];
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-              const float before = kh == 0 && kw == 0 ? 0 : sum[t * V + v];
-              sum[t * V + v] = before + in[v] * taps[kh * K + kw][v];
-            }
-          }
-        }
+        add_column<K, S, T, V>(phase, j, in, taps, sums);
       }
       if ((phase - (K - 1) + kPeriod) % S == 0 && i >= K - 1) {
         finish<V, T, Clamps>(call, sums[(phase - (K - 1) + kPeriod) / S % kRing], scale, shift, y,

@@ -11,8 +11,8 @@ namespace mnet::cuda {
 template <int K>
 constexpr int kRunStrip = K == 7 ? 4 : 7;
 
-// Planes whose length is a multiple of 16 bytes lie 8 bytes further apart in shared memory: threads
-// that walk down neighbouring planes would meet in the same few of its banks.
+// Planes whose length is a multiple of 16 bytes lie some bytes further apart in shared memory:
+// threads that walk down neighbouring planes would meet in the same few of its banks.
 struct Skew {
   Divisor vectors;  // of a plane
   int elements;     // 0: planes lie as in global memory
@@ -200,19 +200,31 @@ __global__ void __launch_bounds__(kContiguousThreads)
   copy_out(out_shared, ((planes - 1) * OH + rows) * OW, y, plan.out);
 }
 
-// What a run of so many planes, or so many output rows of one, takes of shared memory: the
-// elements, 16 bytes of room to align them, and a skew.
-inline int64_t run_bytes(int64_t elements, int64_t planes, const DwconvCall& call) {
-  return divide_up(elements * element_bytes(call) + 8 * (planes - 1), 16) * 16 + 16;
+// The bytes between two planes, 0 where their length is no multiple of 16: a plane begins in the
+// bank where one row more of the plane before it would, so that the banks of a warp's strips, some
+// rows and planes, follow one another as if it were one row.
+inline int64_t skew_bytes(int64_t height, int64_t width, int64_t element) {
+  if (height * width * element % 16 != 0) return 0;
+  const int64_t apart = (128 - (height - 1) * width % 128 * element % 128) % 128;
+  return apart % 8 == 0 && apart > 0 ? apart : 8;
+}
+
+// What a run of so many planes, or so many rows of one, takes of shared memory: the elements, 16
+// bytes of room to align them, and the skew.
+inline int64_t run_bytes(int64_t planes, int64_t height, int64_t rows, int64_t width,
+                         int64_t element) {
+  const int64_t elements = ((planes - 1) * height + rows) * width;
+  const int64_t skew = (planes - 1) * skew_bytes(height, width, element);
+  return divide_up(elements * element + skew, 16) * 16 + 16;
 }
 
 inline int64_t run_in_bytes(const DwconvCall& call, int64_t planes, int64_t rows) {
   const int64_t in_rows = std::min(call.H, (rows - 1) * call.SH + call.KH);
-  return run_bytes(((planes - 1) * call.H + in_rows) * call.W, planes, call);
+  return run_bytes(planes, call.H, in_rows, call.W, element_bytes(call));
 }
 
 inline int64_t run_out_bytes(const DwconvCall& call, int64_t planes, int64_t rows) {
-  return run_bytes(((planes - 1) * call.OH + rows) * call.OW, planes, call);
+  return run_bytes(planes, call.OH, rows, call.OW, element_bytes(call));
 }
 
 inline int64_t run_shared_bytes(const DwconvCall& call, int64_t planes, int64_t rows) {
@@ -221,12 +233,13 @@ inline int64_t run_shared_bytes(const DwconvCall& call, int64_t planes, int64_t 
 
 inline constexpr int64_t kRunBytes = 27 << 10;  // of shared memory: 8 blocks fit
 
-inline Skew skew_of(const void* base, int64_t plane_elements, int64_t planes, int64_t bytes) {
-  const int64_t plane = plane_elements * bytes;
+inline Skew skew_of(const void* base, int64_t height, int64_t width, int64_t planes,
+                    int64_t bytes) {
+  const int64_t apart = skew_bytes(height, width, bytes);
   Skew skew{};
-  if (planes == 1 || plane % 16 != 0 || !aligned(base, 16)) return skew;
-  skew.vectors = Divisor(static_cast<uint32_t>(plane / 16));
-  skew.elements = static_cast<int>(8 / bytes);
+  if (planes == 1 || apart == 0 || !aligned(base, 16)) return skew;
+  skew.vectors = Divisor(static_cast<uint32_t>(height * width * bytes / 16));
+  skew.elements = static_cast<int>(apart / bytes);
   return skew;
 }
 
@@ -259,8 +272,8 @@ ContiguousRunPlan run_plan(const DwconvCall& call) {
   plan.items = static_cast<int>(strips * planes * divide_up(rows, slab_rows));
   plan.out_at = static_cast<int>(run_in_bytes(call, planes, rows));
   plan.shared_bytes = static_cast<int>(run_shared_bytes(call, planes, rows));
-  plan.in = skew_of(call.x, call.H * call.W, planes, element_bytes(call));
-  plan.out = skew_of(call.y, call.OH * call.OW, planes, element_bytes(call));
+  plan.in = skew_of(call.x, call.H, call.W, planes, element_bytes(call));
+  plan.out = skew_of(call.y, call.OH, call.OW, planes, element_bytes(call));
   plan.all_planes = all_planes;
   return plan;
 }

@@ -21,6 +21,11 @@ std::vector<std::string> variants();
 // Use this variant for every call from now on; the empty name chooses by the call again.
 void force_variant(const std::string& name);
 
+// Use the general kernels of backward and training for every call from now on, or those that the
+// call would choose.
+void force_general_backward(bool general);
+bool is_general_backward_forced();
+
 CallFacts facts_of_call(const std::vector<int64_t>& x, const std::string& dtype, bool channels_last,
                         const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation);

@@ -100,10 +100,10 @@ inline unsigned char* shared_memory() { return this_block->shared; }
 
 // Called before every load and store; true if it is to happen.
 inline bool access(Space space, const void* pointer, std::size_t bytes, bool valid, int line) {
-  if (!valid) return false;
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   if (this_log)
-    this_log->push_back({address, static_cast<uint32_t>(bytes), space, line, this_phase});
+    this_log->push_back({address, static_cast<uint32_t>(bytes), space, line, this_phase, valid});
+  if (!valid) return false;
   if (address % bytes != 0)
     throw std::runtime_error("misaligned access: " + std::to_string(bytes) +
                              " bytes at an address that is " + std::to_string(address % bytes) +

@@ -21,7 +21,8 @@ struct Access {
   uint32_t bytes;
   Space space;
   int line;
-  int phase;  // barriers passed before it
+  int phase;   // barriers passed before it
+  bool valid;  // false: predicated off; the lane takes part in the request and moves nothing
 };
 
 // A buffer in global memory, by the name of the kernel's argument.
@@ -43,7 +44,8 @@ class Traffic {
         std::map<std::tuple<int, int, Space, uint32_t>, int> times;
         for (const Access& a : logs[t]) {
           const auto kind = std::make_tuple(a.phase, a.line, a.space, a.bytes);
-          requests_.push_back({kind, times[kind]++, a.address});
+          const int time = times[kind]++;
+          if (a.valid) requests_.push_back({kind, time, a.address});
         }
       }
       std::stable_sort(requests_.begin(), requests_.end(), [](const Lane& a, const Lane& b) {

@@ -1,4 +1,5 @@
-"""Counted memory traffic of every forward variant on MobileNet V1's layers, batch 256.
+"""Counted memory traffic of every forward variant on MobileNet V1's layers, batch 256, and of the
+passes over x of backward and training, batch 64.
 
 ``python tests/emulation/traffic.py`` (with tests/ on PYTHONPATH) renews the committed table,
 traffic.csv. Its columns, each a ratio of which 1 is the least:
@@ -7,8 +8,9 @@ traffic.csv. Its columns, each a ratio of which 1 is the least:
     past_l1    32-byte sectors of x, each counted once a block, against x's size: what reaches the
                L2 cache. Neighbouring blocks run together, so the memory itself sees about 1.
     x_sectors, y_sectors   sectors that warps' requests touch, against those that would hold their
-               bytes: 1 where whole sectors are used
-    others     sectors of weight, scale and shift past L1, against x's size (least: near 0)
+               bytes: 1 where whole sectors are used; y's with dy's and dconv's (0: none of them)
+    others     sectors of weight, per-channel values and partial sums past L1, against x's size
+               (least: near 0)
     conflicts  wavefronts of shared memory against those without bank conflicts (0: none used)
     ways       the worst bank conflict of one request (0: no shared memory used)
 """
@@ -28,6 +30,8 @@ SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes" / "mobilenet_v1.csv
 KEYS = ("layout", "dtype", "c", "h", "w", "kernel", "stride", "variant", "chosen")
 RATIOS = ("requested", "past_l1", "x_sectors", "y_sectors", "others", "conflicts", "ways")
 BATCH = 256
+PASSES = ("frozen", "statistics", "reduction", "through")
+PASSES_BATCH = 64
 BLOCKS = 48  # counted of those that fill one image
 DTYPES = (torch.float32, torch.bfloat16)  # float16 moves as bfloat16 does
 
@@ -84,15 +88,62 @@ def count(
     return rows
 
 
+def count_pass(
+    program: Emulator, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, name: str
+) -> Row:
+    """A row for one pass of the stream over x."""
+    c, h, w, kernel, stride = shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(PASSES_BATCH, c, h, w, dtype=dtype, device="meta").to(memory_format=layout)
+    weight = torch.empty(c, 1, kernel, kernel, dtype=dtype, device="meta")
+    constants = {"stride": stride, "padding": "same", "activation": "relu6"}
+    numbers = dwconv.sizes(Problem(x, weight, None, None, constants)) | {"eps": 1e-5}
+    outputs = int(numbers["OH"] * numbers["OW"])
+    chunks = 2048  # at least as many as there are
+    channel = ("gamma", "beta", "mean", "var", "scale", "by_conv", "constant")
+    scratch = {
+        "x": x.nbytes, "weight": weight.nbytes, **dict.fromkeys(channel, 4 * c),
+        "dconv": PASSES_BATCH * c * outputs * dtype.itemsize,
+        "partials": 4 * chunks * (kernel**2 + 2) * c,
+    }  # fmt: skip
+    if name != "statistics":
+        scratch["dy"] = scratch["dconv"]
+    moments = torch.empty(chunks, 4, c)
+    counted = program.run(
+        "dwconv_training_pass", name, scratch=scratch, outputs={"moments": moments}, count=True,
+        numbers=numbers | {"sample": 1, "images": PASSES_BATCH},
+    ).traffic  # fmt: skip
+    shared, nothing = counted.pop("shared"), {"sectors": 0, "least_sectors": 0, "block_sectors": 0}
+    assert "outside" not in counted
+    x_, ys = counted.pop("x"), [counted.pop(y, nothing) for y in ("dy", "dconv")]
+    if name == "statistics":
+        values = moments[:, 0].nansum().item()
+    else:
+        values = ys[0]["bytes"] / dtype.itemsize
+    least = h * w * dtype.itemsize * values / outputs
+    return {
+        "layout": "nhwc" if channels_last else "nchw",
+        "dtype": str(dtype).removeprefix("torch."),
+        **dict(zip(KEYS[2:7], map(str, shape), strict=True)),
+        "variant": f"backward_{name}", "chosen": "yes",
+        "requested": x_["bytes"] / least,
+        "past_l1": 32 * x_["block_sectors"] / least,
+        "x_sectors": x_["sectors"] / x_["least_sectors"],
+        "y_sectors": sum(y["sectors"] for y in ys) / max(1, sum(y["least_sectors"] for y in ys)),
+        "others": 32 * sum(other["block_sectors"] for other in counted.values()) / least,
+        "conflicts": shared["wavefronts"] / max(1, shared["least_wavefronts"]),
+        "ways": shared["worst_conflict"],
+    }  # fmt: skip
+
+
 def table() -> list[Row]:
-    program = emulator()
-    return [
-        row
-        for channels_last in (True, False)
-        for dtype in DTYPES
-        for shape in layers()
-        for row in count(program, shape, dtype, channels_last)
-    ]
+    program, rows = emulator(), []
+    for channels_last in (True, False):
+        for dtype in DTYPES:
+            for shape in layers():
+                rows += count(program, shape, dtype, channels_last)
+                rows += [count_pass(program, shape, dtype, channels_last, p) for p in PASSES]
+    return rows
 
 
 def committed() -> list[Row]:

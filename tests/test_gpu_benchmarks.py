@@ -1,0 +1,175 @@
+"""`make gpu`'s benchmarks as far as they go without a GPU: every row's code on the CPU, with small
+shapes, plain calls in place of graphs, and the reference in place of the kernels of training."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import mnet_kernels
+from mnet_kernels import backends, ops, reference
+from mnet_kernels.registration import explicit_padding, pair
+from mnet_kernels.timing import Spread
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SHAPE = (8, 12, 12, 3, 2, 1)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """(gpu, gpu_measure, gpu_training) that run on the CPU."""
+    pytest.importorskip("mnet_kernels._cuda", exc_type=ImportError)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu
+    import gpu_measure
+    import gpu_training
+
+    def graph_of(call, inputs):
+        return (lambda: [call(x) for x in inputs]), call(inputs[0])
+
+    def device_times(calls, parts, rounds=3, lead=True):
+        samples = {name: [] for name in calls}
+        for _ in range(3):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                samples[name].append((time.perf_counter() - start) / parts)
+        return {name: Spread(tuple(values)) for name, values in samples.items()}
+
+    def training(x, weight, gamma, beta, *running, stride, padding, backend, **constants):
+        padding = explicit_padding(x, weight, pair(stride), padding, (1, 1))
+        conv = reference.conv_bn_act(
+            x, weight, stride=pair(stride), padding=padding, groups=x.shape[1],
+            activation="identity",
+        )  # fmt: skip
+        z = torch.nn.functional.batch_norm(conv, *running, gamma, beta, training=True)
+        return reference.ACTIVATIONS[constants["activation"]](z, 0.0)
+
+    of_operator = ops.dwconv_bn_act
+    monkeypatch.setattr(gpu_measure, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_measure, "ROTATED_BYTES", 1)
+    monkeypatch.setattr(gpu_measure, "graph_of", graph_of)
+    monkeypatch.setattr(gpu_measure, "device_times", device_times)
+    monkeypatch.setattr(gpu_training, "ROTATED_BYTES", 1)
+    monkeypatch.setattr(gpu_training, "backends_of_ours", lambda: ["cuda", "triton"])
+    monkeypatch.setattr(mnet_kernels, "dwconv_bn_act_training", training, raising=False)
+    monkeypatch.setattr(
+        ops, "dwconv_bn_act", lambda *a, **k: of_operator(*a, **k | {"backend": "cpu"})
+    )
+    monkeypatch.setattr(backends, "why_not", lambda *a, **k: None)
+    properties = SimpleNamespace(L2_cache_size=1 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    yield gpu, gpu_measure, gpu_training
+    for module in ("gpu", "gpu_measure", "gpu_training"):
+        sys.modules.pop(module, None)
+
+
+FACTS = {"gpu": "none", "torch": "2", "commit": "c", "date": "d", "copy_gb_per_s": 1.0}
+
+
+def test_layers(gpu):
+    gpu, measure, _ = gpu
+    with torch.no_grad():
+        row = measure.layer_row("mobilenet_v1", SHAPE, 2, "float32", ())
+    assert row["ours_correct"], row["error"]
+    for way in ("channels_last", "contiguous", *gpu.TRITON):
+        assert row[way]["fraction_of_copy"] > 0 and row[way]["against_best_peer"]["rounds"] == 3
+    peers = {name.rsplit(" ", 1)[0] for name in row["us"] if not name.startswith(("ours", "copy"))}
+    assert peers == {"eager cudnn", "eager native", "folded cudnn", "folded native"}
+    table = gpu.table({"environment": FACTS, "stages": {"layers": {"passed": True, "rows": [row]}}})
+    (line,) = [line for line in table.splitlines() if line.startswith("| 8, 12, 3, 2")]
+    assert line.count("%") == 4 and "WRONG" not in line
+
+
+NCU = """==PROF== Profiling "dwconv_channels_last_stream"
+"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","dwconv_channels_last_stream","Speed Of Light","DRAM Throughput","%","81.2"
+"0","dwconv_channels_last_stream","Occupancy","Achieved Occupancy","%","23.9"
+"""
+
+
+def test_the_profiler_is_asked_about_what_lags(gpu, monkeypatch):
+    gpu, measure, _ = gpu
+    rows = [
+        {"shape": list(SHAPE[:5]), "batch": batch, "dtype": "float32",
+         "contiguous": {"against_best_peer": {"median": speedup}, "fraction_of_copy": part}}
+        for batch, speedup, part in ((1, 1.2, 0.1), (1, 0.9, 0.1), (256, 1.5, 0.95), (256, 0.8, 1))
+    ]  # fmt: skip
+    calls = gpu.lagging(rows)
+    assert [(call["batch"], call["layout"]) for call in calls] == [
+        (256, "contiguous"), (1, "contiguous")
+    ]  # fmt: skip
+    measure.call_once(**calls[0] | {"batch": 1})
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: "ncu")
+    monkeypatch.setattr(gpu, "run", lambda command, seconds: (0, NCU))
+    stage = gpu.profile(100, rows)
+    assert stage["rows"][0]["figures"]["DRAM Throughput"] == "81.2 %"
+    assert "DRAM Throughput 81.2 %; Achieved Occupancy 23.9 %" in gpu.table(
+        {"environment": FACTS, "stages": {"profile": stage}}
+    )
+    monkeypatch.setattr(gpu, "run", lambda command, seconds: (1, "ERR_NVGPUCTRPERM"))
+    assert "ERR_NVGPUCTRPERM" in gpu.profile(100, rows)["left_out"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training(gpu, dtype):
+    gpu, _, training = gpu
+    with torch.no_grad():
+        row = training.layer_row("mobilenet_v1", SHAPE, 4, dtype, ())
+        assert row["ours_correct"], row["error"]
+        assert set(row["ours"]) == {
+            f"ours {layout}{name}" for name in ("", ", triton") for layout in training.LAYOUTS
+        }
+        size = 4 * 8 * (12 * 12 * 5 + 6 * 6 * 3)
+        assert row["bytes"] == size * (4 if dtype == "float32" else 2)
+        stage = {"passed": True, "rows": [row]}
+    table = gpu.table({"environment": FACTS, "stages": {"training": stage}})
+    assert sum(line.startswith("| 8, 12, 3, 2") for line in table.splitlines()) == 4
+
+
+def test_training_steps(gpu):
+    gpu, _, training = gpu
+    with torch.no_grad():
+        row = training.step_row("mobilenet_v1 alpha 0.5", 32, 2, "float32", ())
+    assert row["ours_correct"], row["loss"]
+    assert set(row["peak_bytes"]) == set(row["images_per_s"]) and len(row["peak_bytes"]) == 4
+    table = gpu.table({"environment": FACTS, "stages": {"training": {"passed": 1, "rows": [row]}}})
+    assert "| mobilenet_v1 alpha 0.5, 32 | 2 | float32 | ours channels_last |" in table
+
+
+def test_a_wrong_gradient_is_no_result(gpu, monkeypatch):
+    _, _, training = gpu
+    right = mnet_kernels.dwconv_bn_act_training
+    monkeypatch.setattr(
+        mnet_kernels, "dwconv_bn_act_training", lambda *a, **k: right(*a, **k) * 1.001
+    )
+    with torch.no_grad():
+        row = training.layer_row("mobilenet_v1", SHAPE, 4, "float32", ())
+    assert not row["ours_correct"] and row["ours"] == {}
+
+
+def test_every_row_of_the_plans_is_a_call(gpu):
+    gpu, measure, training = gpu
+    assert abs(sum(gpu.SHARES.values()) - 1) < 1e-9
+    rows = training.plan()
+    layers = [arguments for make, *arguments in rows if make is training.layer_row]
+    assert {(a[1][:5], a[3]) for a in layers} >= {
+        (shape[:5], dtype)
+        for shape in training.shapes("mobilenet_v1") for dtype in ("bfloat16", "float32")
+    }  # fmt: skip
+    assert all(len(arguments) == 5 for _, *arguments in rows)
+    batches = {(a[0], a[2], a[3]) for a in measure.layer_plan()}
+    assert batches == {
+        (model, batch, dtype)
+        for model in ("mobilenet_v1", "mobilenet_v3_large") for batch in (1, 32, 256)
+        for dtype in ("float32", "bfloat16", "float16")
+    }  # fmt: skip
