@@ -2,11 +2,11 @@
 
 python benchmarks/gpu.py [--stages build,tests,...] [--minutes 25] [--output FILE.json]
 
-Stages, the most important first: build, tests, layers, sanitizer, networks. Each has a share of the
-time and leaves its part of the result when it ends, so a run that is cut short is still a result;
-stages that are run later are added to the same file. Exit status: 1 if the build, a test or a
-sanitizer failed or a benchmark found a wrong answer, else 0. What a machine lacks is said and left
-out.
+Stages, the most important first: build, tests, layers, separable, sanitizer, networks. Each has a
+share of the time and leaves its part of the result when it ends, so a run that is cut short is
+still a result; stages that are run later are added to the same file. Exit status: 1 if the build, a
+test or a sanitizer failed or a benchmark found a wrong answer, else 0. What a machine lacks is said
+and left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 #: Of the time given, what each stage may take at most.
-SHARES = {"build": 0.15, "tests": 0.2, "layers": 0.35, "sanitizer": 0.15, "networks": 0.15}
+SHARES = {
+    "build": 0.15, "tests": 0.2, "layers": 0.35, "separable": 0.15, "sanitizer": 0.15,
+    "networks": 0.15,
+}  # fmt: skip
 # Building in place needs nothing of pyproject.toml, which older setuptools cannot read.
 BUILD = """
 import runpy, sys, setuptools.dist
@@ -72,7 +75,7 @@ def tests(seconds: float) -> _Stage:
     if importlib.util.find_spec("pytest") is None:
         print("there is no pytest: the tests cannot be run")
         return {"passed": False, "left_out": "there is no pytest"}
-    files = ["tests/test_cuda.py", "tests/test_bad_input.py"]
+    files = ["tests/test_cuda.py", "tests/test_cuda_separable.py", "tests/test_bad_input.py"]
     return _pytest(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], seconds
     )
@@ -89,7 +92,8 @@ def sanitizer(seconds: float) -> _Stage:
     for check in ("memcheck", "racecheck"):
         command = [
             tool, "--tool", check, "--error-exitcode", "86", sys.executable, "-m", "pytest", "-q",
-            "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", "test_sanitized",
+            "-p", "no:cacheprovider", "tests/test_cuda.py", "tests/test_cuda_separable.py", "-k",
+            "test_sanitized",
         ]  # fmt: skip
         # Every tensor is an allocation of its own, whose ends the tool knows.
         told = _pytest(command, seconds / 2, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -206,6 +210,11 @@ def table(result: dict[str, Any]) -> str:
             else:
                 cells += ["WRONG", "-", "-"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    rows = stages.get("separable", {}).get("rows", [])
+    if rows:
+        columns = list(rows[0]["table"])
+        lines += ["", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+        lines += [f"| {' | '.join(row['table'].values())} |" for row in rows]
     rows = stages.get("networks", {}).get("rows", [])
     if rows:
         lines += ["", "| network, batch, dtype | way | images/s | with a CUDA graph | peak MB |",

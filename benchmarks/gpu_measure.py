@@ -320,15 +320,20 @@ def network_plan() -> list[tuple[Any, ...]]:
 def work(stage: str, seconds: float, output: Path) -> None:
     """Rows of a stage as JSON lines, each written when it is done."""
     clock = Clock(seconds)
-    make, plan = {
-        "layers": (layer_row, layer_plan()), "networks": (network_row, network_plan())
-    }[stage]  # fmt: skip
+    if stage == "separable":
+        import gpu_separable  # it measures as this file does
+
+        make, plan = gpu_separable.row, gpu_separable.plan()
+    else:
+        make, plan = {
+            "layers": (layer_row, layer_plan()), "networks": (network_row, network_plan())
+        }[stage]  # fmt: skip
     with open(output, "w") as lines, torch.no_grad():
         for number, arguments in enumerate(plan):
             if clock.spent() > 0.95:
                 print(f"{stage}: out of time, {len(plan) - number} of {len(plan)} rows left out")
                 break
-            if clock.spent() > 0.6 and stage == "layers":
+            if clock.spent() > 0.6 and stage in ("layers", "separable"):
                 arguments = (*arguments[:-1], ())  # compiling costs most
             torch.cuda.empty_cache()
             try:

@@ -67,10 +67,11 @@ struct SeparableTile {
   static constexpr int kWeightBytes = kSlabs * kChannels * kSlabBytes;
   static constexpr int kPlaceBytes = 16 * kPixels;
   static constexpr int kSums = 4 * MI * kNI;  // of a thread
-  static constexpr int kPartBytes = WK > 1 ? 4 * kThreads * kSums : 0;
+  static constexpr int kPartBytes = WK > 1 ? 2 * kThreads * kSums : 0;
   // A thread of the depthwise half has one vector of channels, and every kApart-th pixel.
   static constexpr int kApart = kThreads / kVectors, kRows = kPixels / kApart;
   static_assert(kThreads % kVectors == 0 && kPixels % kApart == 0 && kChannels % kApart == 0);
+  static_assert(kApart % kSlabVectors == 0);  // rows so far apart are swizzled alike
   static_assert(WK == 1 || kSteps % WK == 0);
 
   static int64_t shared_bytes(int64_t slots) {

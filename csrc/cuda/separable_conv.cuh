@@ -15,11 +15,12 @@ __device__ __forceinline__ void request_weights(const SeparableCall& call, bool 
   const int64_t depth = call.depthwise.K;
   const auto* weight = static_cast<const Element*>(call.pw_weight);
   const int vector = static_cast<int>(threadIdx.x) % Tile::kVectors;
+  const int first = static_cast<int>(threadIdx.x) / Tile::kVectors;
   const int64_t k = static_cast<int64_t>(chunk * Tile::kVectors + vector) * V;
 #pragma unroll
   for (int i = 0; i < Tile::kChannels / Tile::kApart; ++i) {
-    const int row = static_cast<int>(threadIdx.x) / Tile::kVectors + i * Tile::kApart;
-    auto* place = to + swizzled<Tile::kChannels>(row, vector);
+    const int row = first + i * Tile::kApart;
+    auto* place = to + swizzled<Tile::kChannels>(first, vector) + i * Tile::kApart * kSlabBytes;
     const bool exists = n + row < call.K;
     const auto* from = weight + (exists ? (n + row) * depth : 0);
     if (wide) {
@@ -53,24 +54,29 @@ __device__ __forceinline__ void multiply_chunk(const unsigned char* middle,
                                                float (&sum)[Tile::kMI][Tile::kNI][4]) {
   constexpr int MI = Tile::kMI, NI = Tile::kNI;
   const SeparableWarp warp = warp_of_thread<Tile>();
-  const int pixel = warp.m * (16 * MI), channel = warp.n * (8 * NI), lane = warp.lane;
-#pragma unroll
-  for (int i = 0; i < Tile::kSteps / Tile::kWK; ++i) {
+  const int lane = warp.lane;
+  // Rows 8 apart are swizzled alike, so few addresses have to be computed.
+  const auto at = [](const unsigned char* tile, int rows, int row, int below, int vector) {
+    return tile + row * kSlabBytes + (vector / kSlabVectors * rows + below) * kSlabBytes +
+           (vector % kSlabVectors ^ row % kSlabVectors) * 16;
+  };
+  middle += warp.m * (16 * MI) * kSlabBytes;
+  weights += warp.n * (8 * NI) * kSlabBytes;
+  constexpr int kSteps = Tile::kSteps / Tile::kWK;
+#pragma unroll(sizeof(Element) == 2 ? kSteps : 1)
+  for (int i = 0; i < kSteps; ++i) {
     const int step = warp.k + i * Tile::kWK;
     if (step >= steps) break;
     if constexpr (sizeof(Element) == 2) {
       uint32_t a[MI][4];
 #pragma unroll
       for (int m = 0; m < MI; ++m)
-        load_matrices(
-            middle + swizzled<Tile::kPixels>(pixel + 16 * m + lane % 16, 2 * step + lane / 16),
-            a[m]);
+        load_matrices(at(middle, Tile::kPixels, lane % 16, 16 * m, 2 * step + lane / 16), a[m]);
 #pragma unroll
       for (int n = 0; n < NI; n += 2) {
         uint32_t b[4];
         load_matrices(
-            weights + swizzled<Tile::kChannels>(channel + 8 * n + lane / 16 * 8 + lane % 8,
-                                                2 * step + lane / 8 % 2),
+            at(weights, Tile::kChannels, lane / 16 * 8 + lane % 8, 8 * n, 2 * step + lane / 8 % 2),
             b);
 #pragma unroll
         for (int m = 0; m < MI; ++m) {
@@ -84,16 +90,13 @@ __device__ __forceinline__ void multiply_chunk(const unsigned char* middle,
       for (int vector = 2 * step; vector < 2 * step + 2; ++vector) {
         Vector<float, 4> b[NI][2];
 #pragma unroll
-        for (int n = 0; n < 2 * NI; ++n) {
-          const int row = channel + n / 2 * 8 + 2 * t + n % 2;
-          b[n / 2][n % 2] = load_shared<4>(
-              reinterpret_cast<const float*>(weights + swizzled<Tile::kChannels>(row, vector)));
-        }
+        for (int n = 0; n < 2 * NI; ++n)
+          b[n / 2][n % 2] = load_shared<4>(reinterpret_cast<const float*>(
+              at(weights, Tile::kChannels, 2 * t + n % 2, n / 2 * 8, vector)));
 #pragma unroll
         for (int m = 0; m < 2 * MI; ++m) {
-          const int row = pixel + m * 8 + g;
           const auto a = load_shared<4>(
-              reinterpret_cast<const float*>(middle + swizzled<Tile::kPixels>(row, vector)));
+              reinterpret_cast<const float*>(at(middle, Tile::kPixels, g, m * 8, vector)));
 #pragma unroll
           for (int k = 0; k < 4; ++k)
 #pragma unroll
@@ -105,22 +108,29 @@ __device__ __forceinline__ void multiply_chunk(const unsigned char* middle,
   }
 }
 
-// Adds the sums of the warps that share pixels and channels, in their order; the first has them.
+// Adds the sums of the warps that share pixels and channels, in a fixed order; the first has them.
 template <typename Tile>
 __device__ __forceinline__ void add_parts(float* parts, float (&sum)[Tile::kMI][Tile::kNI][4]) {
-  constexpr int kPart = 32 * Tile::kSums;
+  constexpr int kPart = 32 * Tile::kSums, kHalf = Tile::kWK / 2;
   const SeparableWarp warp = warp_of_thread<Tile>();
-  float* mine = parts + (warp.m * Tile::kWN + warp.n) * (Tile::kWK * kPart) + warp.lane;
+  float* mine = parts + (warp.m * Tile::kWN + warp.n) * (kHalf * kPart) + warp.lane;
+  float* own = mine + warp.k % kHalf * kPart;
+  // The upper half of the warps leaves its sums to the lower, which leaves both together.
 #pragma unroll
-  for (int i = 0; i < Tile::kSums; ++i) {
-    const float value[1] = {sum[i / 16][i / 4 % 4][i % 4]};
-    store_shared(mine + warp.k * kPart + 32 * i, narrow<float>(value));
+  for (int upper = 1; upper >= 0; --upper) {
+    if (warp.k / kHalf == upper) {
+#pragma unroll
+      for (int i = 0; i < Tile::kSums; ++i) {
+        float value[1] = {sum[i / 16][i / 4 % 4][i % 4]};
+        if (upper == 0) value[0] += load_shared<1>(own + 32 * i).lane[0];
+        store_shared(own + 32 * i, narrow<float>(value));
+      }
+    }
+    __syncthreads();
   }
-  __syncthreads();
   for (int i = warp.k; i < Tile::kSums; i += Tile::kWK) {
     float total[1] = {0};
-    for (int k = 0; k < Tile::kWK; ++k)
-      total[0] += load_shared<1>(mine + k * kPart + 32 * i).lane[0];
+    for (int k = 0; k < kHalf; ++k) total[0] += load_shared<1>(mine + k * kPart + 32 * i).lane[0];
     store_shared(mine + 32 * i, narrow<float>(total));
   }
   __syncthreads();
@@ -212,18 +222,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int last = first + plan.per_split < plan.tiles ? first + plan.per_split : plan.tiles;
 
   // Weights arrive kStages - 1 chunks ahead.
-  int coming_tile = first, coming_chunk = 0, coming_stage = 0;
-  auto request = [&] {
-    if (coming_tile < last)
+  auto request = [&](int tile, int chunk, int stage) {
+    for (; chunk >= plan.chunks; chunk -= plan.chunks) ++tile;
+    if (stage >= kStages) stage -= kStages;
+    if (tile < last)
       request_weights<Element, Tile>(call, plan.wide_weights,
-                                     static_cast<int64_t>(coming_tile) * Tile::kChannels,
-                                     coming_chunk, weights + coming_stage * Tile::kWeightBytes);
+                                     static_cast<int64_t>(tile) * Tile::kChannels, chunk,
+                                     weights + stage * Tile::kWeightBytes);
     commit_copies();
-    if (++coming_chunk == plan.chunks) coming_chunk = 0, ++coming_tile;
-    if (++coming_stage == kStages) coming_stage = 0;
   };
 #pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) request();
+  for (int i = 0; i < kStages - 1; ++i) request(first, i, i);
   store_places<Tile>(plan, static_cast<int64_t>(block / plan.splits) * Tile::kPixels, places);
   __syncthreads();
   for (int chunk = 0; chunk < (Tile::kStream ? 1 : plan.chunks); ++chunk)
@@ -236,7 +245,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       wait_copies<kStages - 2>();
       // This chunk is there, for all threads; the last one's places are free.
       __syncthreads();
-      request();
+      request(tile, chunk + kStages - 1, stage + kStages - 1);
       if (Tile::kStream && chunk + 1 < plan.chunks)
         depthwise_chunk<Element, Tile>(call, plan, chunk + 1, places,
                                        middle + (chunk + 1) % 2 * Tile::kMiddleBytes);

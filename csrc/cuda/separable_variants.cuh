@@ -30,7 +30,7 @@ bool separable_can_run(const SeparableCall& call) {
 }
 
 // Weights pass L2 once for 128 pixels: what large products are bound by.
-struct SeparableResident128 : SeparableTile<4, 2, 4, 1, 2, false, 2> {
+struct SeparableResident128 : SeparableTile<4, 2, 4, 1, 2, false, 1> {
   static constexpr const char* kName = "resident_128";
   static bool can_run(const SeparableCall& call) {
     return separable_can_run<SeparableResident128>(call);
@@ -55,7 +55,7 @@ struct SeparableResident64 : SeparableTile<2, 2, 4, 1, 3, false, 2> {
 
 // For small batches: 16 pixels by 32 output channels, so that there are blocks enough, and 16 warps
 // that share the depth of the product, so that it does not take long.
-struct SeparableResident16 : SeparableTile<1, 1, 1, 16, 4, false, 1> {
+struct SeparableResident16 : SeparableTile<1, 1, 1, 16, 3, false, 1> {
   static constexpr const char* kName = "resident_16";
   static bool can_run(const SeparableCall& call) {
     return separable_can_run<SeparableResident16>(call);
