@@ -218,6 +218,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   unsigned char* weights = middle + plan.slots * Tile::kMiddleBytes;
   auto* parts = reinterpret_cast<float*>(weights + kStages * Tile::kWeightBytes);
   const auto block = static_cast<int>(blockIdx.x);
+  const int warp_channel = warp_of_thread<Tile>().n * (8 * Tile::kNI);
   const int first = block % plan.splits * plan.per_split;
   const int last = first + plan.per_split < plan.tiles ? first + plan.per_split : plan.tiles;
 
@@ -240,6 +241,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 
   int stage = 0;
   for (int tile = first; tile < last; ++tile) {
+    const int64_t first_channel = static_cast<int64_t>(tile) * Tile::kChannels;
+    const bool works = first_channel + warp_channel < call.K;  // a warp beyond the last has nothing
     float sum[Tile::kMI][Tile::kNI][4] = {};
     for (int chunk = 0; chunk < plan.chunks; ++chunk) {
       wait_copies<kStages - 2>();
@@ -250,18 +253,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
         depthwise_chunk<Element, Tile>(call, plan, chunk + 1, places,
                                        middle + (chunk + 1) % 2 * Tile::kMiddleBytes);
       const int64_t left = call.depthwise.K - static_cast<int64_t>(chunk) * (kStep * Tile::kSteps);
+      const int steps =
+          left < kStep * Tile::kSteps ? static_cast<int>((left + kStep - 1) / kStep) : Tile::kSteps;
       const int slot = Tile::kStream ? chunk % 2 : chunk;
-      multiply_chunk<Element, Tile>(
-          middle + slot * Tile::kMiddleBytes, weights + stage * Tile::kWeightBytes,
-          static_cast<int>(left < kStep * Tile::kSteps ? (left + kStep - 1) / kStep
-                                                       : int64_t{Tile::kSteps}),
-          sum);
+      if (works)
+        multiply_chunk<Element, Tile>(middle + slot * Tile::kMiddleBytes,
+                                      weights + stage * Tile::kWeightBytes, steps, sum);
       if (++stage == kStages) stage = 0;
     }
     if constexpr (Tile::kWK > 1) add_parts<Tile>(parts, sum);
-    if (threadIdx.x < Tile::kThreads / Tile::kWK)
-      store_outputs<Element, Tile>(call, plan.wide_outputs, places,
-                                   static_cast<int64_t>(tile) * Tile::kChannels, sum);
+    if (works && threadIdx.x < Tile::kThreads / Tile::kWK)
+      store_outputs<Element, Tile>(call, plan.wide_outputs, places, first_channel, sum);
   }
 }
 
