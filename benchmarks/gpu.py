@@ -2,12 +2,12 @@
 
 python benchmarks/gpu.py [--stages build,tests,...] [--minutes 25] [--output FILE.json]
 
-Stages, the most important first: build, tests, layers, training, sanitizer, networks, profile (ncu
-on the kernels that lag), suite (all tests that need no emulation). Each has a share of the time and
-leaves its part of the result when it ends, so a run that is cut short is still a result;
-stages that are run later are added to the same file. Exit status: 1 if the build, a test or a
-sanitizer failed or a benchmark found a wrong answer, else 0. What a machine lacks is said and left
-out.
+Stages, the most important first: build, tests, layers, separable, training, sanitizer, networks,
+profile (ncu on the kernels that lag), suite (all tests that need no emulation). Each has a share of
+the time and leaves its part of the result when it ends, so a run that is cut short is still a
+result; stages that are run later are added to the same file. Exit status: 1 if the build, a test or
+a sanitizer failed or a benchmark found a wrong answer, else 0. What a machine lacks is said and
+left out.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 #: Of the time given, what each stage may take at most.
 SHARES = {
-    "build": 0.12, "tests": 0.14, "layers": 0.3, "training": 0.14, "sanitizer": 0.1,
-    "networks": 0.1, "profile": 0.03, "suite": 0.07,
+    "build": 0.12, "tests": 0.12, "layers": 0.26, "separable": 0.08, "training": 0.12,
+    "sanitizer": 0.1, "networks": 0.1, "profile": 0.03, "suite": 0.07,
 }  # fmt: skip
-#: On a device; the first two are what compute-sanitizer runs, in part.
-DEVICE_TESTS = ["tests/test_cuda.py", "tests/test_cuda_training.py"]
+#: On a device; compute-sanitizer runs a part of them.
+DEVICE_TESTS = [
+    "tests/test_cuda.py", "tests/test_cuda_separable.py", "tests/test_cuda_training.py",
+]  # fmt: skip
 # Building in place needs nothing of pyproject.toml, which older setuptools cannot read.
 BUILD = """
 import runpy, sys, setuptools.dist
@@ -252,6 +254,11 @@ def table(result: dict[str, Any]) -> str:
             verdict = stage.get("left_out") or ("passed" if stage["passed"] else "FAILED")
             lines.append(f"- {name}: {verdict} {stage.get('counts', '')}")
     lines += _layers(stages.get("layers", {}).get("rows", []))
+    rows = stages.get("separable", {}).get("rows", [])
+    if rows:
+        columns = list(rows[0]["table"])
+        lines += ["", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+        lines += [f"| {' | '.join(row['table'].values())} |" for row in rows]
     lines += _training(stages.get("training", {}).get("rows", []))
     for row in stages.get("profile", {}).get("rows", []):
         call = f"{row['shape']}, batch {row['batch']}, {row['dtype']}, {row['layout']}"

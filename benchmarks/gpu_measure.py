@@ -372,9 +372,13 @@ def work(stage: str, seconds: float, output: Path) -> None:
     """Rows of a stage as JSON lines, each written when it is done."""
     clock = Clock(seconds)
     if stage == "training":
-        import gpu_training
+        import gpu_training  # it measures as this file does
 
         plan = gpu_training.plan()
+    elif stage == "separable":
+        import gpu_separable  # likewise
+
+        plan = [(gpu_separable.row, *arguments) for arguments in gpu_separable.plan()]
     elif stage == "layers":
         plan = [(layer_row, *arguments) for arguments in layer_plan()]
     else:

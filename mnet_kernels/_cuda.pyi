@@ -26,3 +26,14 @@ def facts_of_call(
     padding: Sequence[int] = ...,
     dilation: Sequence[int] = ...,
 ) -> CallFacts: ...
+def separable_variants() -> list[str]: ...
+def force_separable_variant(name: str) -> None: ...
+def facts_of_separable_call(
+    x: Sequence[int],
+    dtype: str,
+    dw_weight: Sequence[int],
+    outputs: int,
+    stride: Sequence[int] = ...,
+    padding: Sequence[int] = ...,
+    dilation: Sequence[int] = ...,
+) -> CallFacts: ...

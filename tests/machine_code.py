@@ -129,6 +129,8 @@ class Kernel:
     store_bytes: int  # the widest global store
     blocks_per_sm: int
     loads_in_flight: int  # bytes a thread has asked for before it must wait
+    # How many there are of: matrix instructions, their loads, asynchronous copies.
+    matrix: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def bytes_in_flight(self) -> int:
@@ -155,6 +157,10 @@ def kernels(source: Path, architecture: int) -> list[Kernel]:
             sum(op.startswith(("LDL", "STL")) for _, op, _ in code),
             max(loads, default=0), max(stores, default=0),
             blocks_per_sm(architecture, threads[mangled], registers, shared), loads_in_flight(code),
+            tuple(
+                sum(op.split(".")[0] == name for _, op, _ in code)
+                for name in ("HMMA", "LDSM", "LDGSTS")
+            ),
         ))  # fmt: skip
     return found
 
@@ -177,11 +183,22 @@ def dynamic_shared() -> dict[tuple[str, str], int]:
             key = variant, ELEMENTS[dtype]
             most[key] = max(most.get(key, 0), _cuda.facts_of_call(*call).shared_bytes)
             _cuda.force_variant("")
+    layers = (ROOT / "benchmarks/shapes/mobilenet_v1_blocks.csv").read_text().splitlines()[1:]
+    for line, dtype, batch in itertools.product(layers, ELEMENTS, (1, 256)):
+        c, h, w, kernel, stride, outputs, _ = map(int, line.split(","))
+        block = [batch, c, h, w], dtype, [c, 1, kernel, kernel], outputs, [stride], [kernel // 2]
+        for variant in _cuda.facts_of_separable_call(*block).able:
+            _cuda.force_separable_variant(variant)
+            key = variant, ELEMENTS[dtype]
+            most[key] = max(most.get(key, 0), _cuda.facts_of_separable_call(*block).shared_bytes)
+            _cuda.force_separable_variant("")
     return most
 
 
 def _variant(kernel: str) -> tuple[str, str]:
-    """(variant, element) of dwconv_VARIANT<ELEMENT, ...>."""
+    """(variant, element) of dwconv_VARIANT<ELEMENT, ...> and separable_conv<ELEMENT, VARIANT>."""
+    if match := re.match(r"separable_conv<(\w+), Separable(\w+?)(\d+)>", kernel):
+        return f"{match[2].lower()}_{match[3]}", match[1]
     match = re.match(r"dwconv_(\w+)<(\w+)", kernel)
     return match.groups() if match else (kernel, "")
 

@@ -54,6 +54,18 @@ def test_passes_over_x_load_as_wide_as_their_vectors(kernels):
         assert kernel.load_bytes >= SIZES[match[2]] * int(match[3]), kernel
 
 
+def test_separable_conv_is_on_the_tensor_cores(kernels):
+    """Matrix instructions fed by matrix loads for 16-bit elements, plain multiply-adds for float32;
+    weights by asynchronous copies, results by stores of 16 bytes."""
+    found = [k for k in kernels if k.name.startswith("separable_conv<")]
+    assert len(found) == 3 * 4 * len(machine_code.ARCHITECTURES)
+    for kernel in found:
+        products, loads, copies = kernel.matrix
+        assert (products > 0) == (loads > 0) == ("<float," not in kernel.name), kernel
+        assert copies > 0, kernel
+        assert kernel.load_bytes == kernel.store_bytes == 16, kernel
+
+
 def test_enough_bytes_are_in_flight(kernels):
     """The 3x3 kernels that move 16 bytes at a time, and those of training, on sm_90."""
     fast = [

@@ -37,4 +37,12 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("channels_last"), py::arg("weight"), py::arg("stride") = std::vector<int64_t>{1},
         py::arg("padding") = std::vector<int64_t>{0}, py::arg("dilation") = std::vector<int64_t>{1},
         "What dwconv_bn_act on tensors of these shapes would start; nothing is run.");
+  m.def("separable_variants", &mnet::cuda::separable_variants, "separable_conv's kernels by name.");
+  m.def("force_separable_variant", &mnet::cuda::force_separable_variant, py::arg("name"),
+        "Use this kernel of separable_conv from now on; \"\" chooses again.");
+  m.def("facts_of_separable_call", &mnet::cuda::facts_of_separable_call, py::arg("x"),
+        py::arg("dtype"), py::arg("dw_weight"), py::arg("outputs"),
+        py::arg("stride") = std::vector<int64_t>{1}, py::arg("padding") = std::vector<int64_t>{0},
+        py::arg("dilation") = std::vector<int64_t>{1},
+        "What separable_conv on channels_last tensors of these shapes would start.");
 }

@@ -49,6 +49,10 @@ inline bool aligned(const void* pointer, int64_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(bytes) == 0;
 }
 
+inline int64_t element_bytes(const DwconvCall& call) {
+  return call.dtype == DType::float32 ? 4 : 2;
+}
+
 // Calls f(element) with a value of the type that x, weight and y hold.
 template <typename F>
 void with_element(DType dtype, F&& f) {

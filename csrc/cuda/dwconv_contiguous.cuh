@@ -74,10 +74,6 @@ __device__ __forceinline__ void walk(int in_rows, const float (&taps)[K * K], Ro
   }
 }
 
-inline int64_t element_bytes(const DwconvCall& call) {
-  return call.dtype == DType::float32 ? 4 : 2;
-}
-
 // Calls f(constant K, constant S).
 template <typename F>
 void with_contiguous_kernel(const DwconvCall& call, F&& f) {

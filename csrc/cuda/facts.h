@@ -7,7 +7,7 @@
 
 namespace mnet::cuda {
 
-// What a call of dwconv_bn_act on such tensors would start.
+// What a call on such tensors would start.
 struct CallFacts {
   std::string variant;            // the one that was chosen or is forced
   std::vector<std::string> able;  // all that can run it
@@ -29,5 +29,14 @@ bool is_general_backward_forced();
 CallFacts facts_of_call(const std::vector<int64_t>& x, const std::string& dtype, bool channels_last,
                         const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation);
+
+// The same of separable_conv; x is channels_last.
+std::vector<std::string> separable_variants();
+void force_separable_variant(const std::string& name);
+CallFacts facts_of_separable_call(const std::vector<int64_t>& x, const std::string& dtype,
+                                  const std::vector<int64_t>& dw_weight, int64_t outputs,
+                                  const std::vector<int64_t>& stride,
+                                  const std::vector<int64_t>& padding,
+                                  const std::vector<int64_t>& dilation);
 
 }  // namespace mnet::cuda

@@ -44,6 +44,19 @@ KernelFacts look(const void* kernel, const Geometry& geometry) {
 
 }  // namespace
 
+DeviceLimits limits_of(int device) {
+  DeviceLimits limits;
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+    cudaGetLastError();
+    return limits;
+  }
+  check(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  check(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                               device));
+  return limits;
+}
+
 void Launcher::start(const void* kernel, const Geometry& geometry, void** arguments) const {
   if (facts_ != nullptr) {
     *facts_ = look(kernel, geometry);

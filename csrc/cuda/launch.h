@@ -19,6 +19,14 @@ struct KernelFacts {
   int registers = -1, local_bytes = -1, blocks_per_sm = -1;
 };
 
+// What a device offers; an H100's where there is no GPU.
+struct DeviceLimits {
+  int multiprocessors = 132;
+  int shared_bytes = 227 << 10;  // that a block may have
+};
+
+DeviceLimits limits_of(int device);
+
 class Launcher {
  public:
   // Starts kernels on this stream (a cudaStream_t) of the current device.

@@ -16,6 +16,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "fibers.h"
@@ -73,13 +74,28 @@ class Barrier {
 
 inline constexpr int kWarp = 32;
 
+// For instructions of a whole warp (mma.h).
+struct WarpWords {
+  static constexpr int kWords = 7;
+  uint64_t of[kWarp][kWords];
+};
+
 struct Warp {
   Barrier barrier;
   uint64_t slot[kWarp];
+  WarpWords words[2];
+};
+
+// What a thread has under way (mma.h): copies (to, from), and where each group of them ends.
+struct Thread {
+  uint64_t shown = 0;  // how often it showed others its words
+  std::vector<std::pair<void*, const void*>> copies;
+  std::vector<std::size_t> groups;
 };
 
 struct Block {
   int threads = 0;
+  std::vector<Thread> state;
   Barrier barrier;
   std::vector<Warp> warps;
   unsigned char* shared = nullptr;  // exactly as large as the launch asked for
@@ -141,6 +157,7 @@ class Grid {
     block_.threads = threads;
     block_.meets = meets;
     block_.warps = std::vector<Warp>((threads + kWarp - 1) / kWarp);
+    block_.state.resize(threads);
     logs_.resize(threads);
   }
 
@@ -227,6 +244,7 @@ class Grid {
       std::memset(shared_.get(), 0xff, static_cast<std::size_t>(shared_bytes_));  // NaN
     }
     block_.shared = shared_.get();
+    for (Thread& thread : block_.state) thread.copies.clear(), thread.groups.clear();
     block_.barrier.reset(block_.threads);
     for (int w = 0; w < static_cast<int>(block_.warps.size()); ++w)
       block_.warps[w].barrier.reset(std::min(kWarp, block_.threads - w * kWarp));

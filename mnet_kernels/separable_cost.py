@@ -1,0 +1,83 @@
+"""When one pass over a separable block pays on a GPU: a model on paper, for a planner that cannot
+measure.
+
+Two passes move the middle tensor out to memory and back, and start two kernels. One pass saves
+both, but computes the depthwise half beside the product, again for every split of the output
+channels (csrc/cuda/separable_variants.cuh), and multiplies with ``mma.sync``, where a library may
+have faster instructions. So it pays where memory is the limit (large planes, few channels) and at
+small batches, where a kernel's start is; not where wide products are on a GPU whose library
+multiplies twice as fast.
+
+The figures of :data:`GPUS` are data sheets' and others' measurements, none of ours: time both where
+you can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    multiprocessors: int
+    bytes_per_s: float  # of a large copy
+    product: float  # 16-bit multiply-adds per second, of our mma.sync kernels at their best
+    library_product: float  # of cuBLAS and cuDNN
+    float32: float  # multiply-adds per second, either way (TF32 off)
+    instructions: float  # of single lanes, per second
+    launch_s: float = 2.5e-6  # the shortest kernel, its start included
+
+
+#: By the major number of the compute capability.
+GPUS = {
+    8: Gpu(108, 1.6e12, 125e12, 125e12, 9.7e12, 9.7e12),
+    9: Gpu(132, 4.3e12, 200e12, 395e12, 30e12, 30e12),
+}
+
+#: Lane-instructions of a 3x3 depthwise element: nine multiply-adds, conversions, addresses.
+PER_ELEMENT = 20
+
+
+def seconds(
+    pixels: int, input_pixels: int, channels: int, outputs: int, element_bytes: int, gpu: Gpu
+) -> tuple[float, float]:
+    """(one pass, two passes), for a 3x3 depthwise half.
+
+    Args:
+        pixels: N*OH*OW; ``input_pixels`` N*H*W.
+        channels: of the middle; the input's are taken to be as many.
+        outputs: of the pointwise half.
+        element_bytes: 2 or 4.
+    """
+    products = pixels * channels * outputs
+    ours, library = (
+        (gpu.product, gpu.library_product) if element_bytes == 2 else (gpu.float32, gpu.float32)
+    )
+    element = channels * element_bytes
+    moved_in, middle, moved_out = (
+        input_pixels * element, pixels * element, pixels * outputs * element_bytes
+    )  # fmt: skip
+    # Tiles of 64 pixels by 128 outputs; where these do not fill the GPU, 16 by 32, split further.
+    tile, wide = (64, 128) if 2 * pixels >= 64 * gpu.multiprocessors else (16, 32)
+    tiles, most = -(-pixels // tile), -(-outputs // wide)
+    splits = min(most, -(-gpu.multiprocessors // tiles))
+    depthwise = pixels * channels * PER_ELEMENT * splits / gpu.instructions
+    # On the cores that multiply float32, the depthwise half is not beside the product but in turn.
+    arithmetic = (
+        max(products / ours, depthwise) if element_bytes == 2 else products / ours + depthwise
+    )
+    one = max((moved_in + moved_out) / gpu.bytes_per_s, arithmetic, gpu.launch_s)
+    first = max((moved_in + middle) / gpu.bytes_per_s, gpu.launch_s)
+    second = max((middle + moved_out) / gpu.bytes_per_s, products / library, gpu.launch_s)
+    return one, first + second
+
+
+def pays(
+    pixels: int, input_pixels: int, channels: int, outputs: int, element_bytes: int,
+    capability: int,
+) -> bool:  # fmt: skip
+    """Whether one pass is expected to be the faster; arguments as :func:`seconds`, and the major
+    number of the GPU's compute capability (an unknown one is taken for the newest known)."""
+    known = GPUS.get(capability, GPUS[max(GPUS)])
+    one, two = seconds(pixels, input_pixels, channels, outputs, element_bytes, known)
+    return one <= two
