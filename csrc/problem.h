@@ -35,7 +35,8 @@ struct Conv2dArguments {
   std::vector<int64_t> stride, padding, dilation;
   std::string activation;
   double slope;
-  int64_t groups = 0;  // 0: depthwise, as many groups as x has channels
+  int64_t groups = 0;       // 0: depthwise, as many groups as x has channels
+  const char* prefix = "";  // of the names that messages call weight, scale, shift, activation by
 };
 
 // One convolution + per-channel affine + activation. Sizes are at least 0, outputs at least 1
@@ -83,8 +84,8 @@ std::string join(const Parts&... parts) {
 }
 
 // "dwconv_bn_act: weight: expected ..., got ..."
-[[noreturn]] inline void fail(const char* op, const char* argument, const std::string& expected,
-                              const std::string& actual) {
+[[noreturn]] inline void fail(const char* op, const std::string& argument,
+                              const std::string& expected, const std::string& actual) {
   throw std::runtime_error(join(op, ": ", argument, ": expected ", expected, ", got ", actual));
 }
 
@@ -97,13 +98,13 @@ inline void pair(const char* op, const char* name, const std::vector<int64_t>& v
   if (*h < 1 || *w < 1) fail(op, name, "positive", show(value));
 }
 
-inline Activation activation(const char* op, const std::string& name) {
+inline Activation activation(const char* op, const std::string& argument, const std::string& name) {
   std::string known;
   for (std::size_t i = 0; i < kActivationCount; ++i) {
     if (name == kActivationNames[i]) return static_cast<Activation>(i);
     known += (i ? ", " : "") + std::string(kActivationNames[i]);
   }
-  fail(op, "activation", "one of " + known, "'" + name + "'");
+  fail(op, argument, "one of " + known, "'" + name + "'");
 }
 
 // TensorFlow's "same": output = ceil(size / stride), the odd pixel at the end.
@@ -115,7 +116,7 @@ inline void same_padding(int64_t size, int64_t kernel, int64_t stride, int64_t d
   *end = total > 0 ? total - total / 2 : 0;
 }
 
-inline void affine(const char* op, const char* name, const TensorFacts& t, const Problem& p,
+inline void affine(const char* op, const std::string& name, const TensorFacts& t, const Problem& p,
                    const TensorFacts& x) {
   if (!t.present) return;
   if (t.dim != 1 || t.sizes[0] != p.K)
@@ -139,6 +140,7 @@ inline Problem checked_problem(const char* op, const TensorFacts& x, const Tenso
   using check::join;
   using check::shape;
   using check::show;
+  auto name = [&](const char* argument) { return std::string(args.prefix) + argument; };
   Problem p{};
   if (x.dim != 4) fail(op, "x", "4 dimensions (N, C, H, W)", shape(x));
   if (x.dtype == DType::other) fail(op, "x", "float32, float64, float16 or bfloat16", x.dtype_name);
@@ -147,17 +149,17 @@ inline Problem checked_problem(const char* op, const TensorFacts& x, const Tenso
   if (p.C < 1) fail(op, "x", "at least one channel", shape(x));
 
   if (weight.dim != 4)
-    fail(op, "weight", "4 dimensions (C_out, C_in / groups, Kh, Kw)", shape(weight));
+    fail(op, name("weight"), "4 dimensions (C_out, C_in / groups, Kh, Kw)", shape(weight));
   if (weight.dtype != x.dtype)
-    fail(op, "weight", join("x's dtype ", x.dtype_name), weight.dtype_name);
-  if (!weight.same_device(x)) fail(op, "weight", "x's device " + device(x), device(weight));
+    fail(op, name("weight"), join("x's dtype ", x.dtype_name), weight.dtype_name);
+  if (!weight.same_device(x)) fail(op, name("weight"), "x's device " + device(x), device(weight));
   const bool depthwise = args.groups == 0;
   p.groups = depthwise ? p.C : args.groups;
   if (p.groups < 1 || p.C % p.groups != 0)
     fail(op, "groups", join("a positive divisor of x's ", p.C, " channels"), join(p.groups));
   p.K = weight.sizes[0], p.KH = weight.sizes[2], p.KW = weight.sizes[3];
   if (weight.sizes[1] != p.C / p.groups || p.K < 1 || p.K % p.groups != 0 || p.KH < 1 || p.KW < 1)
-    fail(op, "weight",
+    fail(op, name("weight"),
          depthwise ? join("shape (", p.C, "*M, 1, Kh, Kw) for x with ", p.C, " channels")
                    : join("shape (C_out, ", p.C / p.groups, ", Kh, Kw) for x with ", p.C,
                           " channels and ", p.groups, " groups"),
@@ -192,9 +194,9 @@ inline Problem checked_problem(const char* op, const TensorFacts& x, const Tenso
   p.OH = room_h / p.SH + 1;
   p.OW = room_w / p.SW + 1;
 
-  check::affine(op, "scale", scale, p, x);
-  check::affine(op, "shift", shift, p, x);
-  p.activation = check::activation(op, args.activation);
+  check::affine(op, name("scale"), scale, p, x);
+  check::affine(op, name("shift"), shift, p, x);
+  p.activation = check::activation(op, name("activation"), args.activation);
   if (!std::isfinite(args.slope)) fail(op, "slope", "a finite number", join(args.slope));
   p.slope = args.slope;
   return p;
