@@ -169,6 +169,8 @@ extensions = [
             "csrc/cpu/dwconv_training.cpp",
             "csrc/cpu/conv_bn_act.cpp",
             "csrc/cpu/conv_sequence.cpp",
+            "csrc/cpu/separable_conv.cpp",
+            "csrc/cpu/pair.cpp",
             "csrc/cpu/launch.cpp",
             "csrc/cpu/instruction_sets.cpp",
             "csrc/cpu/active.cpp",

@@ -4,6 +4,7 @@
 // an empty list means TensorFlow's "same". Accumulation and rounding: see mnet_kernels/ops.py.
 #include <torch/csrc/stable/library.h>
 
+#include "separable.h"
 #include "tensor.h"
 
 STABLE_TORCH_LIBRARY(mnet_kernels, m) {
@@ -50,6 +51,11 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
   m.def(
       "check_conv(str op, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[2] stride, "
       "int[4] padding, int[2] dilation, int groups, str activation, float slope) -> int[]");
+  m.def(
+      "check_separable_conv(Tensor x, Tensor dw_weight, Tensor? dw_scale, Tensor? dw_shift, "
+      "Tensor pw_weight, Tensor? pw_scale, Tensor? pw_shift, Tensor? residual, int[2] stride, "
+      "int[4] padding, int[2] dilation, str dw_activation, str pw_activation, float slope) -> "
+      "int[]");
 }
 
 namespace {
@@ -65,8 +71,27 @@ std::vector<int64_t> check_conv(std::string op, mnet::Tensor x, mnet::Tensor wei
   return {p.OH, p.OW, p.top, p.left, p.bottom, p.right};
 }
 
+std::vector<int64_t> check_separable_conv(
+    mnet::Tensor x, mnet::Tensor dw_weight, std::optional<mnet::Tensor> dw_scale,
+    std::optional<mnet::Tensor> dw_shift, mnet::Tensor pw_weight,
+    std::optional<mnet::Tensor> pw_scale, std::optional<mnet::Tensor> pw_shift,
+    std::optional<mnet::Tensor> residual, std::vector<int64_t> stride, std::vector<int64_t> padding,
+    std::vector<int64_t> dilation, std::string dw_activation, std::string pw_activation,
+    double slope) {
+  using mnet::facts_of;
+  const mnet::Problem p =
+      mnet::checked_separable(
+          "separable_conv",
+          {facts_of(x), facts_of(dw_weight), facts_of(dw_scale), facts_of(dw_shift),
+           facts_of(pw_weight), facts_of(pw_scale), facts_of(pw_shift), facts_of(residual)},
+          stride, padding, dilation, dw_activation, pw_activation, slope)
+          .depthwise;
+  return {p.OH, p.OW, p.top, p.left, p.bottom, p.right};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mnet_kernels, CompositeExplicitAutograd, m) {
   m.impl("check_conv", TORCH_BOX(&check_conv));
+  m.impl("check_separable_conv", TORCH_BOX(&check_separable_conv));
 }

@@ -18,6 +18,7 @@ from torch import Tensor
 from mnet_kernels import _C, backends, reference, registration  # noqa: F401  (_C: operators)
 from mnet_kernels.registration import IntOrInts
 from mnet_kernels.registration import explicit_padding as _explicit_padding
+from mnet_kernels.registration import output_size as _output_size
 from mnet_kernels.registration import pair as _pair
 from mnet_kernels.registration import same_device as _same_device
 
@@ -271,19 +272,6 @@ def _pack_conv_weight_fake(weight):
     in_step = 2 if weight.dtype == torch.bfloat16 else 1
     steps = -(-math.prod(taps) // in_step)
     return weight.new_empty((-(-out_channels // 32), 1, steps, 32 * in_step))
-
-
-def _output_size(x, weight, stride, pad, dilation):
-    top, left, bottom, right = pad
-    size = []
-    for n, k, s, d, total in zip(
-        x.shape[2:], weight.shape[2:], _pair(stride), _pair(dilation),
-        (top + bottom, left + right), strict=True,
-    ):  # fmt: skip
-        room = n + total - (k - 1) * d - 1
-        torch._check(room >= 0, lambda: "the padded size of x is below that of the dilated kernel")
-        size.append(room // s + 1)
-    return size
 
 
 # ---- autograd: frozen statistics, the pre-activation is recomputed ----

@@ -116,3 +116,31 @@ def dwconv_bn_act_training(
     conv = _conv(x, weight, stride, padding, dilation, x.shape[1])
     z = F.batch_norm(conv, running_mean, running_var, gamma, beta, True, momentum, eps)
     return ACTIVATIONS[activation](z, slope)
+
+
+def separable_conv(
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_scale: Tensor | None,
+    dw_shift: Tensor | None,
+    pw_weight: Tensor,
+    pw_scale: Tensor | None = None,
+    pw_shift: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dw_activation: str = "relu",
+    pw_activation: str = "relu",
+    slope: float = 0.01,
+    **geometry: Sequence[int],
+) -> Tensor:
+    """:func:`dwconv_bn_act`, then :func:`conv_bn_act` with a 1x1 kernel, then ``+ residual``.
+
+    Args:
+        pw_weight: ``(K, C*M, 1, 1)``.
+        geometry: stride, padding, dilation of the depthwise half.
+    """
+    middle = dwconv_bn_act(
+        x, dw_weight, dw_scale, dw_shift, activation=dw_activation, slope=slope, **geometry
+    )
+    y = conv_bn_act(middle, pw_weight, pw_scale, pw_shift, activation=pw_activation, slope=slope)
+    return y if residual is None else y + residual

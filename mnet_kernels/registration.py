@@ -26,6 +26,20 @@ def explicit_padding(x, weight, stride, padding, dilation) -> tuple[int, int, in
     return (top, left, top, left) if len(padding) < 4 else tuple(padding)
 
 
+def output_size(x, weight, stride, pad, dilation) -> list[int]:
+    """(OH, OW) for explicit padding."""
+    top, left, bottom, right = pad
+    size = []
+    for n, k, s, d, total in zip(
+        x.shape[2:], weight.shape[2:], pair(stride), pair(dilation),
+        (top + bottom, left + right), strict=True,
+    ):  # fmt: skip
+        room = n + total - (k - 1) * d - 1
+        torch._check(room >= 0, lambda: "the padded size of x is below that of the dilated kernel")
+        size.append(room // s + 1)
+    return size
+
+
 def same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
     for name, t in others.items():
         if t is not None and t.device != x.device:

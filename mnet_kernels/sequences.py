@@ -29,7 +29,7 @@ class Sequenced:
 
     def __init__(self, owner: nn.Sequential, runs: list[Run], fast: nn.Module) -> None:
         self.owner = owner
-        self.runs = [(run.start, run.stop, _Runner(owner, run, fast)) for run in runs]
+        self.runs = [(run.start, run.stop, Runner(owner, run, fast)) for run in runs]
 
     def __call__(self, x: Any) -> Any:
         children = list(self.owner._modules.values())
@@ -48,7 +48,7 @@ class Sequenced:
     __code__ = __call__.__code__  # torch.export asks a forward where it was written
 
 
-class _Runner:
+class Runner:
     """Calls one run's operator, or returns None where its modules have to be called one by one.
 
     What has to be looked at for that lies scattered in memory that the kernels have just driven
@@ -107,7 +107,13 @@ class _Runner:
             and not (x.requires_grad and torch.is_grad_enabled())
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._are_functorch_transforms_active()
-            and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
+            and self.unobserved()
+        )
+
+    def unobserved(self) -> bool:
+        """No hook would miss a call, and the modules are those that were found."""
+        return (
+            not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
             and not any(self.hooks)
             and all(tuple(held.values()) == found for held, found in self.tree)
             and all(held.get("forward") is found for held, found in self.forwards)

@@ -1,4 +1,4 @@
-// A call's weights and per-channel vectors as the kernels read them.
+// A call's weights and per-channel values as the kernels read them.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -9,13 +9,14 @@
 #include <vector>
 
 #include "../tensor.h"
+#include "launch.h"
 
 namespace mnet::cpu {
 
 // `t`'s values if they lie one after the other, else a copy of them; `fill` where t is None.
 template <typename Acc>
-const Acc* per_channel(const std::optional<Tensor>& t, int64_t K, Acc fill,
-                       std::vector<Acc>& memory) {
+inline const Acc* per_channel(const std::optional<Tensor>& t, int64_t K, Acc fill,
+                              std::vector<Acc>& memory) {
   if (t && (K == 1 || t->stride(0) == 1)) return static_cast<const Acc*>(t->const_data_ptr());
   memory.assign(static_cast<std::size_t>(K), fill);
   if (t)
@@ -61,5 +62,21 @@ const void* by_tap(const Problem& p, const Tensor& weight, bool keep_type,
     default: return by_tap_from<Acc>(p, weight, memory);
   }
 }
+
+// `t`'s values, or `fill` where it is None, filled up to whole panels.
+inline const float* per_panel(const std::optional<Tensor>& t, int64_t K, float fill,
+                              std::vector<float>& memory) {
+  memory.assign(static_cast<std::size_t>(panels_of(K) * kPanel), fill);
+  if (t)
+    for (int64_t k = 0; k < K; ++k)
+      memory[static_cast<std::size_t>(k)] =
+          static_cast<const float*>(t->const_data_ptr())[k * t->stride(0)];
+  return memory.data();
+}
+
+// The weight of a dense convolution, float32 or bfloat16, as panels [panel][step][32 channels], the
+// taps of a channel in the order kh, kw, C_in: a step is one tap in float32, a pair of taps side by
+// side in bfloat16. packed_bytes of it.
+void pack_panels(const Tensor& weight, void* to);
 
 }  // namespace mnet::cpu

@@ -6,51 +6,50 @@
 #include <vector>
 
 #include "../tensor.h"
-#include "active.h"
+#include "constants.h"
 #include "kernels.h"
 #include "launch.h"
 
 namespace mnet::cpu {
 namespace {
 
-// `t`'s values, or `fill` where it is None, filled up to whole panels.
-const float* per_panel(const std::optional<Tensor>& t, int64_t K, float fill,
-                       std::vector<float>& memory) {
-  memory.assign(static_cast<std::size_t>(panels_of(K) * kPanel), fill);
-  if (t)
-    for (int64_t k = 0; k < K; ++k)
-      memory[static_cast<std::size_t>(k)] =
-          static_cast<const float*>(t->const_data_ptr())[k * t->stride(0)];
-  return memory.data();
-}
-
+// Pieces of kBlock taps at a time, so that what is written stays in the first-level cache.
 template <typename T, int64_t TapsInStep>
-void pack(const Tensor& weight, const Tensor& packed) {
+void pack(const Tensor& weight, int64_t steps, T* to) {
+  constexpr int64_t kBlock = 16;
   const int64_t K = weight.size(0), C = weight.size(1), KH = weight.size(2), KW = weight.size(3);
-  const int64_t taps = KH * KW * C, steps = packed.size(2);
-  auto* to = static_cast<T*>(packed.mutable_data_ptr());
+  const int64_t taps = KH * KW * C, all = steps * TapsInStep;
   const auto* from = static_cast<const T*>(weight.const_data_ptr());
   const auto stride = weight.strides();
+  std::vector<int64_t> offsets(static_cast<std::size_t>(taps));  // of a tap in its channel
+  for (int64_t t = 0; t < taps; ++t)
+    offsets[static_cast<std::size_t>(t)] =
+        t % C * stride[1] + t / C / KW * stride[2] + t / C % KW * stride[3];
   torch::stable::parallel_for(0, panels_of(K), 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel)
-      for (int64_t i = 0; i < kPanel; ++i) {
-        const int64_t k = panel * kPanel + i;
-        T* column = to + (panel * steps * kPanel + i) * TapsInStep;
-        for (int64_t t = 0; t < steps * TapsInStep; ++t) {
-          const int64_t c = t % C, kw = t / C % KW, kh = t / C / KW;
-          column[t / TapsInStep * kPanel * TapsInStep + t % TapsInStep] =
-              k >= K || t >= taps
-                  ? T(0)
-                  : from[k * stride[0] + c * stride[1] + kh * stride[2] + kw * stride[3]];
+      for (int64_t first = 0; first < all; first += kBlock)
+        for (int64_t i = 0; i < kPanel; ++i) {
+          const int64_t k = panel * kPanel + i;
+          T* column = to + (panel * steps * kPanel + i) * TapsInStep;
+          for (int64_t t = first; t < std::min(first + kBlock, all); ++t)
+            column[t / TapsInStep * kPanel * TapsInStep + t % TapsInStep] =
+                k >= K || t >= taps ? T(0)
+                                    : from[k * stride[0] + offsets[static_cast<std::size_t>(t)]];
         }
-      }
   });
 }
 
 }  // namespace
 
-// weight (C_out, C_in, Kh, Kw) as panels [panel][step][32 channels], the taps of a channel in the
-// order kh, kw, C_in: a step is one tap in float32, a pair of taps side by side in bfloat16.
+void pack_panels(const Tensor& weight, void* to) {
+  const int64_t taps = weight.size(1) * weight.size(2) * weight.size(3);
+  if (facts_of(weight).dtype == DType::bfloat16)
+    pack<std::uint16_t, 2>(weight, (taps + 1) / 2, static_cast<std::uint16_t*>(to));
+  else
+    pack<float, 1>(weight, taps, static_cast<float*>(to));
+}
+
+// The panels of pack_panels as a tensor (panels, 1, steps, 32 or 64).
 Tensor pack_conv_weight(Tensor weight) {
   const TensorFacts facts = facts_of(weight);
   const bool pairs = facts.dtype == DType::bfloat16;
@@ -63,10 +62,7 @@ Tensor pack_conv_weight(Tensor weight) {
   const int64_t taps = KH * KW * C, steps = pairs ? (taps + 1) / 2 : taps;
   Tensor packed =
       empty_4d(weight, panels_of(K), 1, steps, pairs ? 2 * kPanel : kPanel, Layout::contiguous);
-  if (pairs)
-    pack<std::uint16_t, 2>(weight, packed);
-  else
-    pack<float, 1>(weight, packed);
+  pack_panels(weight, packed.mutable_data_ptr());
   return packed;
 }
 

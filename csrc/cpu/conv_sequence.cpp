@@ -1,9 +1,8 @@
 // Convolutions one after the other, channels_last, float32 or bfloat16, as one call: what passes
 // between them stays in memory that is used again for every image and every call.
 //
-// A depthwise convolution and the 1x1 convolution that follows it go through band by band: the
-// depthwise rows of a band stay in a buffer in the second-level cache and are the matrix of the
-// product. With at least one image a thread, every thread takes its images through all stages by
+// A depthwise convolution and the 1x1 convolution that follows it go through band by band (pair.h).
+// With at least one image a thread, every thread takes its images through all stages by
 // itself, and threads meet once. The images left over go through together, all threads working on
 // each stage or pair of stages.
 #include <torch/csrc/stable/library.h>
@@ -16,6 +15,7 @@
 #include "active.h"
 #include "launch.h"
 #include "memory.h"
+#include "pair.h"
 
 namespace mnet::cpu {
 namespace {
@@ -157,9 +157,16 @@ class Run {
     for (int64_t i = 0; i < count; ++i) {
       const Stage& stage = sequence_.stages[i];
       const Problem p = problem(i);
-      if (stage.feeds_block && block(i)) {
-        ++i;
-      } else if (stage.dense) {
+      if (stage.feeds_block) {
+        const DwconvCall first = depthwise(i);
+        const ConvCall second = dense(i + 1);
+        if (const PairPlan plan = plan_pair(first, second, threads_); plan.bands) {
+          run_pair(first, second, plan, threads_);
+          ++i;
+          continue;
+        }
+      }
+      if (stage.dense) {
         ConvCall call = dense(i);
         run_conv(call, p, threads_);
       } else {
@@ -196,52 +203,6 @@ class Run {
     call.weight = own ? stage.own_weight : stage.weight;
     call.scale = stage.scale, call.shift = stage.shift;
     return call;
-  }
-
-  // Stages i and i + 1 band by band; false where bands for all threads would be too small to pay
-  // for reading the weights once more each.
-  bool block(int64_t i) const {
-    constexpr int64_t kBandPixels = 112, kFewestPixels = 56;
-    const DwconvCall depthwise = this->depthwise(i);
-    const ConvCall dense = this->dense(i + 1);
-    // Even numbers of rows: the depthwise kernel takes two at a time.
-    const int64_t rows = std::max<int64_t>(2, kBandPixels / depthwise.OW / 2 * 2);
-    int64_t bands = (depthwise.OH + rows - 1) / rows;
-    bands = (images_ * bands + threads_ - 1) / threads_ * threads_ / images_;
-    if (threads_ > 1 && depthwise.OH * depthwise.OW < bands * kFewestPixels) return false;
-    const int64_t tallest = (depthwise.OH + bands - 1) / bands;
-    const int64_t size = size_of(sequence_.stages[i].p.dtype);
-    const auto bytes = static_cast<std::size_t>(tallest * depthwise.OW * depthwise.K * size);
-    share(images_ * bands, threads_, [&](int64_t begin, int64_t end) {
-      void* band = scratch_bytes<Scratch::band>(bytes);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t n = task / bands, in_image = task % bands;
-        const int64_t oh = in_image * depthwise.OH / bands;
-        run_band(depthwise, dense, n, oh, (in_image + 1) * depthwise.OH / bands, size, band);
-      }
-    });
-    return true;
-  }
-
-  // Output rows [oh, oh_end) of image n of both.
-  static void run_band(DwconvCall depthwise, ConvCall dense, int64_t n, int64_t oh, int64_t oh_end,
-                       int64_t size, void* band) {
-    auto image = [&](const void* p, int64_t values) {
-      return static_cast<const char*>(p) + n * values * size;
-    };
-    depthwise.x = image(depthwise.x, depthwise.H * depthwise.W * depthwise.C);
-    depthwise.y = band;
-    depthwise.top -= oh * depthwise.SH;
-    depthwise.N = 1, depthwise.OH = oh_end - oh;
-    depthwise.stream = false;
-    run_dwconv_channels_last_here(depthwise);
-
-    const int64_t offset = (n * dense.OH + oh) * dense.OW * dense.K * size;
-    dense.x = band;
-    dense.y = static_cast<char*>(dense.y) + offset;
-    if (dense.residual) dense.residual = static_cast<const char*>(dense.residual) + offset;
-    dense.N = 1, dense.H = dense.OH = oh_end - oh;
-    run_conv_here(dense);
   }
 
   const Sequence& sequence_;

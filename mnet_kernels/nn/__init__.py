@@ -4,12 +4,13 @@
 ``DepthwiseConvBNAct`` is the layer to build new networks from.
 """
 
-from mnet_kernels.nn.depthwise import DepthwiseConvBNAct
+from mnet_kernels.nn.depthwise import DepthwiseConvBNAct, NamedActivation
 from mnet_kernels.nn.fused import (
     FusedConv2d,
     Fusion,
     absorbed,
     check_backend,
+    in_functorch,
     is_depthwise,
     recorded,
 )
@@ -18,8 +19,10 @@ __all__ = [
     "DepthwiseConvBNAct",
     "FusedConv2d",
     "Fusion",
+    "NamedActivation",
     "absorbed",
     "check_backend",
+    "in_functorch",
     "is_depthwise",
     "recorded",
 ]

@@ -75,7 +75,7 @@ class DepthwiseConvBNAct(nn.Module):
         fusion = Fusion(
             pad="same" if same else (0, 0, 0, 0),
             norm=bn,
-            act=_Named(activation, slope),
+            act=NamedActivation(activation, slope),
             activation=activation,
             slope=slope,
             backend=backend,
@@ -90,7 +90,7 @@ class DepthwiseConvBNAct(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Named:
+class NamedActivation:
     """One of ours as a callable that can be pickled."""
 
     activation: str

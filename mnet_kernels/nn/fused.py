@@ -131,7 +131,7 @@ class FusedConv2d(nn.Conv2d):
             x.dim() != 4
             or x.dtype != weight.dtype
             or device != weight.device
-            or _in_functorch()
+            or in_functorch()
             or self.why_native(device, x.dtype) is not None
         ):
             return self.forward_native(x)
@@ -358,7 +358,7 @@ _IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def _in_functorch() -> bool:
+def in_functorch() -> bool:
     """Inside torch.func.grad, vmap and the like, which the fused operators do not all support."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
