@@ -122,7 +122,9 @@ def errors_allowed(p: Problem, exact: Outcome) -> dict[str, Tensor]:
     z = hat * gamma + beta
     # z is computed as conv * scale + (beta - mean * scale).
     z_error = hat_error * gamma.abs()
-    z_error = z_error + 8 * step * ((conv.abs() + mean.abs()) * (inverse * gamma).abs() + beta.abs())
+    z_error = z_error + 8 * step * (
+        (conv.abs() + mean.abs()) * (inverse * gamma).abs() + beta.abs()
+    )
 
     slope = 1.5
     bounds = {"y": slope * z_error + 8 * step * exact.y.abs()}
@@ -139,9 +141,11 @@ def errors_allowed(p: Problem, exact: Outcome) -> dict[str, Tensor]:
     dgamma_error = pixels(dz_error * hat.abs() + dz * hat_error) + sum_step * pixels(dz * hat.abs())
     scale = (gamma * inverse).abs()
     inner = dz + pixels(dz) / count + hat.abs() * pixels(dz * hat.abs()) / count
-    inner_error = dz_error + dbeta_error / count + (
-        hat.abs() * dgamma_error + hat_error * pixels(dz * hat.abs())
-    ) / count
+    inner_error = (
+        dz_error
+        + dbeta_error / count
+        + (hat.abs() * dgamma_error + hat_error * pixels(dz * hat.abs())) / count
+    )
     dconv = scale * inner
     dconv_error = scale * inner_error + dconv * (relative + 8 * step)
     dconv_error = dconv_error + ROUNDING[p.x.dtype] * dconv + SMALLEST[p.x.dtype]
