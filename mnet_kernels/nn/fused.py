@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from mnet_kernels import backends, ops
 from mnet_kernels.fold import Snapshot, fold, scaled, statistics_of
 from mnet_kernels.nn import training
+from mnet_kernels.nn.constants import FORMS, Constants, renewed
 from mnet_kernels.reference import same_padding
 
 _Edges = tuple[int, int, int, int]
-_Constants = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass
@@ -98,13 +98,13 @@ class FusedConv2d(nn.Conv2d):
         if self._parameters.get("weight") is None:
             return "its weight is no parameter, but computed (parametrised)"
         if self.uses_batch_statistics() if in_training is None else in_training:
-            if not is_depthwise(self):
-                return "convolutions that are not depthwise are native in training mode"
             why = fusion.native_training
             if isinstance(fusion.norm, nn.SyncBatchNorm):
                 why = "SyncBatchNorm shares its statistics between processes"
             if why is not None:
                 return f"{why}: native in training mode"
+            if not is_depthwise(self) and self._norm_server(device, dtype) is None:
+                return "convolutions that are not depthwise are native in training mode"
             return _server(fusion.backend, str(device), dtype, True)[1]
         if not is_depthwise(self) or torch.compiler.is_compiling():
             return None  # the fold needs nothing but native operators
@@ -114,11 +114,18 @@ class FusedConv2d(nn.Conv2d):
         self, device: torch.device | str, dtype: torch.dtype, in_training: bool = False
     ) -> str:
         """The backend of a fused call; "folded" where it is the native convolution of a fold."""
+        if not is_depthwise(self) and in_training:
+            return f"norm: {self._norm_server(device, dtype)}"
         if not is_depthwise(self):
             packs = self.groups == 1 and ops.packs(dtype)
             on_cpu = self.fusion.backend in (None, "cpu") and torch.device(device).type == "cpu"
             return "cpu" if packs and on_cpu and self.fusion.free_layout else "folded"
         return _server(self.fusion.backend, str(device), dtype, in_training)[0]
+
+    def _norm_server(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
+        """Where the norm after a convolution that is not depthwise is trained by our operator."""
+        ours = self.fusion.backend in (None, "cpu") and dtype != torch.float64
+        return "cpu" if ours and torch.device(device).type == "cpu" else None
 
     def forward(self, x: Tensor) -> Tensor:
         weight, device = self._parameters.get("weight"), x.device
@@ -136,18 +143,25 @@ class FusedConv2d(nn.Conv2d):
         ):
             return self.forward_native(x)
         if not is_depthwise(self):
-            return self._dense(x, weight)
+            return (
+                self._dense_training(x) if self.uses_batch_statistics() else self._dense(x, weight)
+            )
         if self.uses_batch_statistics():
-            y = training.forward(self, x, weight)
+            y = training.depthwise(self, x, weight)
             return self.forward_native(x) if y is None else y
         return self._depthwise(x, weight)
 
     def forward_native(self, x: Tensor) -> Tensor:
         """``act(norm(conv(pad(x))))``, module by module, as before the swap."""
-        fusion = self.fusion
-        if fusion.pad != (0, 0, 0, 0):
+        return self._finished(self._convolved(x))
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        if self.fusion.pad != (0, 0, 0, 0):
             x = _zero_pad(x, self._edges(x))
-        y = nn.Conv2d.forward(self, x)
+        return nn.Conv2d.forward(self, x)
+
+    def _finished(self, y: Tensor) -> Tensor:
+        fusion = self.fusion
         if fusion.norm is not None:
             y = type(fusion.norm).forward(fusion.norm, y)
         if isinstance(fusion.act, nn.Module):
@@ -169,6 +183,14 @@ class FusedConv2d(nn.Conv2d):
             slope=fusion.slope,
             backend=fusion.backend,
         )
+
+    def _dense_training(self, x: Tensor) -> Tensor:
+        """The convolution is native, what follows it one operator."""
+        if self.fusion.free_layout:
+            x = x.contiguous(memory_format=torch.channels_last)  # the layout of the fast paths
+        y = self._convolved(x)
+        z = training.norm_alone(self.fusion, y)
+        return self._finished(y) if z is None else z
 
     def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """Every other convolution: packed where there is a kernel for it, else folded."""
@@ -220,16 +242,16 @@ class FusedConv2d(nn.Conv2d):
     def _requires_grad(self) -> bool:
         return any(t.requires_grad for t in (self.weight, *self.sources()))
 
-    def _constants(self, x: Tensor, weight: Tensor, form: str) -> _Constants:
+    def _constants(self, x: Tensor, weight: Tensor, form: str) -> Constants:
         """(weight, scale, shift) as the call wants them, kept for as long as nothing changes.
 
         Computed anew wherever a gradient must flow through them, and where the call is recorded
         (torch.compile, torch.export, torch.jit.trace), so that the recording holds no old values.
 
         Args:
-            form: what becomes of the weight, a key of ``_FORMS``.
+            form: what becomes of the weight, a key of ``FORMS``.
         """
-        bias, norm, make = self._parameters["bias"], self.fusion.norm, _FORMS[form]
+        bias, norm, make = self._parameters["bias"], self.fusion.norm, FORMS[form]
         sources = [weight, *self.sources()]
         if recorded() or (torch.is_grad_enabled() and any(t.requires_grad for t in sources)):
             scale, shift = fold(x.dtype, bias, norm)
@@ -245,7 +267,7 @@ class FusedConv2d(nn.Conv2d):
                     if torch.cuda.is_current_stream_capturing():
                         return made  # has no values before the graph is replayed
                     if kept is not None and kept[0] == key:
-                        made = _renewed(kept[2], made, sources)
+                        made = renewed(kept[2], made, sources)
                 kept = key, Snapshot(sources), made
             self.__dict__["_kept"] = kept
         return kept[2]
@@ -312,33 +334,6 @@ def check_backend(operator: str, backend: str | None) -> None:
 def absorbed(x: Tensor) -> Tensor:
     """The forward of a module whose work a FusedConv2d does: it hands its input on."""
     return x
-
-
-def _by_tap(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """The same values laid out tap by tap, as the CPU kernel reads them without a copy."""
-    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-
-
-#: What becomes of the weight, by the kind of call. The fused kernels apply the scale themselves.
-_FORMS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
-    "as_is": lambda weight, scale: weight,
-    "by_tap": _by_tap,
-    "packed": lambda weight, scale: ops.pack_conv_weight(weight),
-    "folded": scaled,
-}
-
-
-def _renewed(kept: _Constants, made: _Constants, sources: list[Tensor]) -> _Constants:
-    """``made``, what of it is new in the memory of ``kept``: captured CUDA graphs read it there."""
-    given = {t.data_ptr() for t in sources}
-
-    def renewed(old: Tensor | None, new: Tensor | None) -> Tensor | None:
-        if old is None or new is None or new.data_ptr() in given:
-            return new
-        fits = (old.shape, old.device) == (new.shape, new.device)
-        return old.copy_(new) if fits else new
-
-    return cast(_Constants, tuple(map(renewed, kept, made)))
 
 
 def recorded() -> bool:

@@ -1,4 +1,4 @@
-"""A depthwise convolution and its norm while the norm uses the batch's own statistics."""
+"""A norm with the batch's own statistics: with the depthwise convolution before it, or alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mnet_kernels.dwconv_training import dwconv_bn_act_training
 from mnet_kernels.fold import statistics_of
 
 if TYPE_CHECKING:
-    from mnet_kernels.nn.fused import FusedConv2d
+    from mnet_kernels.nn.fused import FusedConv2d, Fusion
 
 
-def forward(conv: FusedConv2d, x: Tensor, weight: Tensor) -> Tensor | None:
+def depthwise(conv: FusedConv2d, x: Tensor, weight: Tensor) -> Tensor | None:
     """``act(norm(conv(pad(x))))`` in one operator, the norm's state updated as the norm does it;
     None where that is left to the modules.
 
@@ -23,12 +23,36 @@ def forward(conv: FusedConv2d, x: Tensor, weight: Tensor) -> Tensor | None:
         conv: depthwise, with a norm that :meth:`FusedConv2d.uses_batch_statistics`.
         weight: its weight in x's dtype.
     """
-    fusion, bias = conv.fusion, cast("Tensor | None", conv._parameters["bias"])
+    if x.numel() == 0 or (x.shape[0] == 1 and conv.output_size(x) == [1, 1]):
+        return None  # the norm has its own words for that
+    return _normalised(
+        conv.fusion,
+        x,
+        weight,
+        conv._parameters["bias"],
+        stride=conv.stride,
+        padding="same" if conv.fusion.pad == "same" else conv.padding_edges(),
+        dilation=conv.dilation,
+    )
+
+
+def norm_alone(fusion: Fusion, y: Tensor) -> Tensor | None:
+    """``act(norm(y))`` of another convolution's result in one operator, whose kernels are 1x1 and
+    1; None where that is left to the modules: kernels for it are those of channels_last."""
+    fast = y.dtype != torch.float64 and y.is_contiguous(memory_format=torch.channels_last)
+    if not (y.is_cpu and fast) or y.numel() <= y.shape[1]:
+        return None
+    return _normalised(fusion, y, y.new_ones((y.shape[1], 1, 1, 1)), None)
+
+
+def _normalised(
+    fusion: Fusion, x: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any
+) -> Tensor | None:
     norm = cast(Any, fusion.norm)
     mean, var, gamma, beta = statistics_of(norm)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     given = [t for t in (mean, var, gamma, beta, bias) if t is not None]
-    if any(t.dtype not in (wide, x.dtype) for t in given) or _too_few(conv, x):
+    if any(t.dtype not in (wide, x.dtype) for t in given):
         return None  # whatever is wrong, it is the norm's own error
     if bias is not None and bias.requires_grad:
         # It cancels out: its gradient is zero, and not missing.
@@ -46,12 +70,10 @@ def forward(conv: FusedConv2d, x: Tensor, weight: Tensor) -> Tensor | None:
         *running,
         momentum=momentum,
         eps=norm.eps,
-        stride=conv.stride,
-        padding="same" if fusion.pad == "same" else conv.padding_edges(),
-        dilation=conv.dilation,
         activation=fusion.activation,
         slope=fusion.slope,
         backend=fusion.backend,
+        **geometry,
     )
     if mean is not None:
         with torch.no_grad():
@@ -84,11 +106,6 @@ def _count(norm: Any) -> float:
             if norm.momentum is None:
                 return 1.0 / float(counter)
     return 0.0 if norm.momentum is None else norm.momentum
-
-
-def _too_few(conv: FusedConv2d, x: Tensor) -> bool:
-    """Whether there is but one value a channel, or none."""
-    return x.numel() == 0 or (x.shape[0] == 1 and conv.output_size(x) == [1, 1])
 
 
 def _as(t: Tensor | None, dtype: torch.dtype) -> Any:
