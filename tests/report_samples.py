@@ -119,3 +119,21 @@ def tradeoff() -> dict[str, Any]:
         })  # fmt: skip
     return {"schema": 1, "kind": "tradeoff", "environment": MACHINE, "rows": rows,
             "settings": {"batch": 8, "threads": 2}}  # fmt: skip
+
+
+def comparison() -> dict[str, Any]:
+    ways = {"native": 14.0, "native_channels_last": 12.0, "swapped": 6.0}
+    common: dict[str, Any] = {
+        "model": "mobilenet_v1", "batch": 1, "time_ms": {w: spread(t) for w, t in ways.items()},
+        "best_native": "native_channels_last", "speedup": spread(2.0), "ok": True,
+        "error": dict.fromkeys(ways, 1e-6) | {"tolerance": 1e-5},
+    }  # fmt: skip
+    label = {"label": "tabby", "probability": 0.7}
+    network = {
+        "size": 224, "dtype": "float32", "layout": "contiguous", "weights": "random", "fused": 27,
+        "answers": {"images": 1, "top1_same": 1, "top5_same": 1},
+        "photographs": [{"photograph": "chelsea", "native": [label], "swapped": [label]}],
+    }  # fmt: skip
+    layer = {"layer": "conv_dw_1", "pattern": "conv + bn + relu6", "backend": "cpu"}
+    rows, layers = [common | network], [common | layer]
+    return {"schema": 1, "environment": MACHINE, "rows": rows, "layers": layers}

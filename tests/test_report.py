@@ -231,6 +231,48 @@ def test_what_cannot_be_used_is_named_and_left_out(tmp_path, name, text, reason)
     assert name in page
 
 
+def leaves(value, path=()):
+    """Paths of everything inside of nested dicts and lists."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, dict | list):
+            yield from leaves(inner, (*path, key))
+
+
+SMALL = {
+    "bench": samples.bench(samples.benchmark("layer", 5, 9), ceilings=samples.CEILINGS),
+    "network": samples.bench(samples.benchmark("network", 5, 9)),
+    "comparison": samples.comparison(),
+    "tradeoff": samples.tradeoff() | {"rows": samples.tradeoff()["rows"][:1]},
+    "gpu": samples.gpu(),
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_whatever_is_wrong_in_a_result_it_is_left_out_or_shown(kind):
+    """Every value in turn missing, of another type, or out of range."""
+    left_out = 0
+    for path in leaves(SMALL[kind]):
+        for wrong in (None, "x", -1, {}):
+            result = json.loads(json.dumps(SMALL[kind]))
+            inside = result
+            for key in path[:-1]:
+                inside = inside[key]
+            inside[path[-1]] = wrong
+            try:
+                evidence = report.of("result.json", result)
+            except ValueError as error:
+                assert "\n" not in str(error), (path, wrong)
+                left_out += 1
+                continue
+            try:
+                report.render(evidence)
+            except Exception as error:
+                raise AssertionError(f"{path} = {wrong!r}") from error
+    assert left_out > 20
+
+
 def test_a_file_is_read_once(folder):
     once = report.read([folder])
     assert len(report.read([folder, folder / "cpu.json", folder]).rows) == len(once.rows)

@@ -18,8 +18,7 @@ from mnet_kernels.report.drawing import (
     bars,
     plot,
 )
-from mnet_kernels.report.results import Run
-from mnet_kernels.report.rows import COPY, FACETS, OURS, Row
+from mnet_kernels.report.rows import COPY, FACETS, OURS, Row, Run
 from mnet_kernels.report.words import error_text, ms_text, names
 
 #: What a bar's colour says.

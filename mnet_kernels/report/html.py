@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ def write(evidence: Evidence, path: Path, title: str = "mnet_kernels: results") 
     path.write_text(render(evidence, title), encoding="utf-8")
 
 
-def render(evidence: Evidence, title: str = "mnet_kernels: results") -> str:
-    """The page about ``evidence`` as text."""
+@functools.cache
+def _template() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
@@ -32,9 +33,14 @@ def render(evidence: Evidence, title: str = "mnet_kernels: results") -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.globals["marks"] = MARKS
+    return environment.get_template("page.html.j2")
+
+
+def render(evidence: Evidence, title: str = "mnet_kernels: results") -> str:
+    """The page about ``evidence`` as text."""
     comparisons = evidence.comparisons
-    told = [row for result in comparisons for row in result["rows"] if row["photographs"]]
-    return environment.get_template("page.html.j2").render(
+    told = [found for result in comparisons if (found := words.labels(result))]
+    return _template().render(
         title=title,
         openings=[words.opening(result) for result in comparisons],
         verdicts=[words.verdict(result) for result in comparisons],

@@ -25,7 +25,7 @@ class Spread:
     def read(told: Mapping[str, Any]) -> Spread:
         median = float(told["median"])
         spread = Spread(median, float(told.get("p20", median)), float(told.get("p80", median)))
-        if not 0 < spread.low <= spread.high < float("inf"):
+        if not 0 < spread.low <= median <= spread.high < float("inf"):
             raise ValueError(f"expected positive numbers, got {dict(told)}")
         return spread
 
@@ -69,6 +69,14 @@ class Row:
             for way, spread in self.us.items()
             if way.startswith(f"{OURS} ")
         }
+
+
+@dataclass(frozen=True)
+class Run:
+    """The course of a training run: rows of metrics.csv."""
+
+    name: str
+    rows: list[dict[str, float]]
 
 
 def verdict_of(speedup: Spread) -> str:
@@ -115,12 +123,12 @@ def _benchmark(told: Mapping[str, Any], malloc: bool) -> Row:
         us=us,
         best=_known(told["best_peer"], us),
         speedup=speedup,
-        verdict=str(told.get("verdict") or verdict_of(speedup)),
+        verdict=verdict_of(speedup),  # which is what the row's own says, where it has one
         error=_errors(told.get("error", {})),
-        flops=told.get("flops"),
-        bytes=told.get("bytes"),
-        of_copy=told.get("fraction_of_copy"),
-        of_matrix=told.get("fraction_of_matrix"),
+        flops=_number(told.get("flops")),
+        bytes=_number(told.get("bytes")),
+        of_copy=_number(told.get("fraction_of_copy")),
+        of_matrix=_number(told.get("fraction_of_matrix")),
         missing=dict(told.get("missing_peers") or {}),
     )
 
@@ -141,8 +149,8 @@ def of_gpu(result: Mapping[str, Any]) -> list[Row]:
                     kind="layer",
                     name=_shape(told["shape"]),
                     facets={
-                        "model": told["model"],
-                        "dtype": told["dtype"],
+                        "model": str(told["model"]),
+                        "dtype": str(told["dtype"]),
                         "batch": f"batch {told['batch']}",
                         "layout": layout,
                         "cache": "cold" if told.get("cold") else "in L2",
@@ -153,8 +161,8 @@ def of_gpu(result: Mapping[str, Any]) -> list[Row]:
                     speedup=speedup,
                     verdict=verdict_of(speedup),
                     error=_errors(error | {OURS: told["error"].get(f"{OURS} {layout}")}),
-                    bytes=told.get("bytes"),
-                    of_copy=told[layout].get("fraction_of_copy"),
+                    bytes=_number(told.get("bytes")),
+                    of_copy=_number(told[layout].get("fraction_of_copy")),
                 )
             )
     return found
@@ -176,9 +184,9 @@ def of_comparison(result: Mapping[str, Any]) -> list[Row]:
         found.append(
             Row(
                 kind="layer" if layer else "network",
-                name=told["layer"] if layer else f"{told['model']}, batch {told['batch']}",
+                name=str(told["layer"]) if layer else f"{told['model']}, batch {told['batch']}",
                 facets={
-                    "model": told["model"] if layer else "",
+                    "model": str(told["model"]) if layer else "",
                     "dtype": str(told.get("dtype", "")),
                     "batch": f"batch {told['batch']}" if layer else "",
                 },
@@ -186,12 +194,12 @@ def of_comparison(result: Mapping[str, Any]) -> list[Row]:
                 best=_known(told["best_native"].replace("_", " ", 1), us),
                 speedup=speedup,
                 verdict=verdict_of(speedup),
-                error={k: v for k, v in error.items() if k != "tolerance"},
-                allowed=error.get("tolerance"),
+                error=_errors({k: v for k, v in error.items() if k != "tolerance"}),
+                allowed=_number(error.get("tolerance")),
                 ok=bool(told["ok"]),
                 top5=f"{answers['top5_same']}/{answers['images']}" if answers else "",
                 weights=str(told.get("weights", "")),
-                fused=told.get("fused"),
+                fused=None if told.get("fused") is None else int(told["fused"]),
                 pattern=str(told.get("pattern", "")),
             )
         )
@@ -212,7 +220,16 @@ def _shape(shape: list[int], out_channels: int | None = None) -> str:
 
 
 def _errors(told: Mapping[str, Any]) -> dict[str, float | None]:
-    return {way: None if e is None else float(e) for way, e in told.items()}
+    return {way: _number(error, least=0) for way, error in told.items()}
+
+
+def _number(value: Any, least: float = 1e-300) -> float | None:
+    """A finite number from ``least``, or None."""
+    if value is None:
+        return None
+    if not least <= float(value) < float("inf"):
+        raise ValueError(f"expected a number from {least:g}, got {value}")
+    return float(value)
 
 
 def _known(way: str, us: Mapping[str, Spread]) -> str:

@@ -48,6 +48,25 @@ def verdict(result: dict[str, Any]) -> str:
     return f"{answers} Speed: {span} times the faster of the two natives."
 
 
+def labels(result: dict[str, Any]) -> dict[str, Any] | None:
+    """What the first network that was told about its photographs sees: "model", and of each
+    photograph its name and the lines of its best labels, native and swapped."""
+    for row in result["rows"]:
+        if row.get("photographs"):
+            lines = [
+                (
+                    photograph["photograph"],
+                    *(
+                        [f"{best['label']} {best['probability']:.1%}" for best in photograph[way]]
+                        for way in ("native", "swapped")
+                    ),
+                )
+                for photograph in row["photographs"]
+            ]
+            return {"model": row["model"], "lines": lines}
+    return None
+
+
 def error_text(error: float | None) -> str:
     """An error relative to the output's scale; None is one that is not finite."""
     return "not finite" if error is None else f"{error:.1e}"
