@@ -11,11 +11,13 @@ MACHINE = {
     "cpu": "A processor", "instruction_set": "avx2", "threads": 2, "torch": "2.14.1",
 }  # fmt: skip
 CEILINGS = {
-    "2": {
-        "copy_gb_per_s": {"65536": 100.0, "268435456": 20.0},
-        "matrix_gflop_per_s": {"float32": 150.0},
-        "method": "best of ten",
-    }
+    "method": "best of ten",
+    "threads": {
+        "2": {
+            "copy_gb_per_s": {"65536": 100.0, "268435456": 20.0},
+            "matrix_gflop_per_s": {"float32": 150.0},
+        }
+    },
 }
 
 
@@ -32,6 +34,8 @@ def benchmark(kind: str, ours: float, peer: float, **more: Any) -> dict[str, Any
         "us": {"ours": spread(ours), "eager": spread(3 * peer), "onnxruntime": spread(peer)},
         "best_peer": "onnxruntime", "speedup": spread(peer / ours),
         "error": {"ours": 1e-7, "eager": 2e-7, "onnxruntime": 1.5e-7},
+        "best_torch": "eager", "speedup_torch": spread(3 * peer / ours),
+        "best_engine": "onnxruntime", "speedup_engine": spread(peer / ours),
         "missing_peers": {"openvino": "not installed"},
     }  # fmt: skip
     if layer:

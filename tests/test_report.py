@@ -116,12 +116,15 @@ def test_every_row_is_in_the_table_and_losses_say_so(page):
     assert table.count("we lose") == 7  # a layer of each of six groups, and a network
     assert table.count(" noise<") == 6
     assert "openvino: not installed" in table
+    assert "Against PyTorch" in table
 
 
 def test_the_summary_counts_losses(folder):
     said = words.summary(report.read([folder]))
     assert "6 of 18 are faster, 6 within noise, 6 slower (the worst, 72 · 56² · 5x5 s2" in said[1]
     assert "In the other layout (contiguous) 12 of 18 are slower" in said[1]
+    assert "Against PyTorch alone: 3.63 times, 18 of 18 faster" in said[1]
+    assert "against the fastest engine (onnxruntime): 1.21 times, 6 of 18 faster" in said[1]
     assert any(s.startswith("The run swap reached 99") for s in said)
 
 
@@ -157,7 +160,10 @@ def test_gpu_results_have_a_row_a_layout():
 def test_results_of_older_versions_lack_keys():
     old = samples.full_bench()
     for benchmark in old["benchmarks"]:
-        for key in ("threads", "cache", "direction", "layout", "missing_peers", "verdict"):
+        for key in (
+            "threads", "cache", "direction", "layout", "missing_peers", "speedup_torch",
+            "best_torch", "speedup_engine", "best_engine",
+        ):  # fmt: skip
             benchmark["extra_info"].pop(key, None)
     del old["machine_info"]["mnet_kernels"]["ceilings"]
     evidence = report.of("old.json", old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,10 @@ def _tiles(evidence: Evidence) -> list[tuple[str, str]]:
         if rows:
             mean = figures.geometric_mean(rows)
             found.append((f"{mean:.2f}x", f"{label}, geometric mean against the fastest other"))
+            alone = [row.torch.median for row in rows if row.torch and row.engine]
+            if alone:
+                mean = statistics.geometric_mean(alone)
+                found.append((f"{mean:.2f}x", f"{label}, against PyTorch alone"))
     contests = [row for row in evidence.rows if row.kind in words.KINDS]
     if contests:
         lost = sum(row.verdict == "slower" for row in contests)

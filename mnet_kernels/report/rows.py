@@ -47,6 +47,10 @@ class Row:
     of_copy: float | None = None
     of_matrix: float | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
+    #: Against the fastest that plain PyTorch has, and the fastest engine; the latter's name.
+    torch: Spread | None = None
+    engine: Spread | None = None
+    best_engine: str = ""
     #: Only of a comparison: what error is allowed, equal top-5, where the weights are from, ...
     allowed: float | None = None
     ok: bool = True
@@ -59,6 +63,12 @@ class Row:
     def peers(self) -> list[str]:
         """The ways that are not ours."""
         return [way for way in self.us if way != COPY and not way.startswith(OURS)]
+
+    @property
+    def torch_alone(self) -> float | None:
+        """The speed-up against PyTorch, where an engine is faster than that."""
+        engine_won = self.torch is not None and self.best == self.best_engine
+        return self.torch.median if self.torch is not None and engine_won else None
 
     @property
     def others(self) -> dict[str, float]:
@@ -129,7 +139,10 @@ def _benchmark(told: Mapping[str, Any], malloc: bool) -> Row:
         bytes=_number(told.get("bytes")),
         of_copy=_number(told.get("fraction_of_copy")),
         of_matrix=_number(told.get("fraction_of_matrix")),
-        missing=dict(told.get("missing_peers") or {}),
+        missing={str(k): str(v) for k, v in (told.get("missing_peers") or {}).items()},
+        torch=Spread.read(told["speedup_torch"]) if told.get("speedup_torch") else None,
+        engine=Spread.read(told["speedup_engine"]) if told.get("speedup_engine") else None,
+        best_engine=str(told.get("best_engine") or ""),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mnet_kernels.report.rows import OURS, Row
+from mnet_kernels.report.rows import OURS, Row, Spread, verdict_of
 from mnet_kernels.report.words import error_text, ms_text, percent_text, size_text, us_text
 
 
@@ -88,6 +88,19 @@ def measured(rows: Sequence[Row], caption: str) -> Table:
         found = [e for way, e in row.error.items() if not way.startswith(OURS) and e is not None]
         return min(found, default=None)
 
+    def against(spread: Spread | None) -> Cell:
+        if spread is None:
+            return Cell("")
+        verdict = verdict_of(spread)
+        return Cell(f"{spread.median:.2f}x", spread.median, verdict)
+
+    def missing(row: Row) -> Cell:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in row.missing.items():
+            reasons.setdefault(reason, []).append(name)
+        told = [f"{', '.join(named)}: {reason}" for reason, named in reasons.items()]
+        return Cell("; ".join(told), css="wrap")
+
     def share(value: float | None) -> Cell:
         return Cell(percent_text(value), value)
 
@@ -96,6 +109,8 @@ def measured(rows: Sequence[Row], caption: str) -> Table:
         **{name.capitalize(): facet(name) for name in facets},
         "Pattern": lambda row: Cell(row.pattern),
         "Speed-up": speedup,
+        "Against PyTorch": lambda row: against(row.torch),
+        "Against engines": lambda row: against(row.engine),
         "Other layout": other,
         "Ours": time(lambda row: OURS),
         "Fastest other": time(lambda row: row.best),
@@ -108,7 +123,7 @@ def measured(rows: Sequence[Row], caption: str) -> Table:
         "Same top-5": lambda row: Cell(row.top5),
         "Fused layers": lambda row: Cell("" if row.fused is None else str(row.fused), row.fused),
         "Weights": lambda row: Cell(row.weights),
-        "Missing": lambda row: Cell("; ".join(f"{k}: {v}" for k, v in row.missing.items())),
+        "Missing": missing,
     }
     return table(caption, columns, rows)
 

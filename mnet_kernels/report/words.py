@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mnet_kernels.report.results import Evidence
-    from mnet_kernels.report.rows import Row
+    from mnet_kernels.report.rows import Row, Spread
 
 #: The ways to run, and what readers call them.
 WAYS = {
@@ -198,7 +198,18 @@ def _speeds(rows: Sequence[Row]) -> str:
     lost = [layout for value, layout in others if value < 1]
     if lost:
         text += f". In the other layout ({lost[0]}) {len(lost)} of {len(others)} are slower"
+    engines = [row for row in rows if row.engine and row.torch]
+    if engines:
+        text += f". Against PyTorch alone: {_against([r.torch for r in engines])}"
+        named = ", ".join(sorted({row.best_engine for row in engines}))
+        text += f"; against the fastest engine ({named}): {_against([r.engine for r in engines])}"
     return f"{text}."
+
+
+def _against(spreads: Sequence[Spread | None]) -> str:
+    found = [spread for spread in spreads if spread]
+    mean = statistics.geometric_mean(spread.median for spread in found)
+    return f"{mean:.2f} times, {sum(s.low > 1 for s in found)} of {len(found)} faster"
 
 
 def _errors(rows: Sequence[Row]) -> str:
