@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mnet_kernels.report.rows import OURS, Row, Spread, verdict_of
+from mnet_kernels.report.rows import FACETS, OURS, Row, Spread, verdict_of
 from mnet_kernels.report.words import error_text, ms_text, percent_text, size_text, us_text
 
 
@@ -44,7 +44,12 @@ def table(caption: str, columns: _Columns, things: Iterable[Any]) -> Table:
 
 def measured(rows: Sequence[Row], caption: str) -> Table:
     """Everything about every row, the losses too."""
-    facets = ("model", "dtype", "batch", "direction", "layout", "threads", "cache", "malloc")
+    always = ("model", "dtype", "batch")
+    telling = [
+        facet
+        for facet in FACETS
+        if facet in always or len({row.facets.get(facet, "") for row in rows}) > 1
+    ]
 
     def facet(name: str) -> Callable[[Row], Cell]:
         def cell(row: Row) -> Cell:
@@ -106,7 +111,7 @@ def measured(rows: Sequence[Row], caption: str) -> Table:
 
     columns: _Columns = {
         "Row": lambda row: Cell(row.name),
-        **{name.capitalize(): facet(name) for name in facets},
+        **{name.capitalize(): facet(name) for name in telling},
         "Pattern": lambda row: Cell(row.pattern),
         "Speed-up": speedup,
         "Against PyTorch": lambda row: against(row.torch),
