@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mnet_kernels.report import figures, tables, words
@@ -15,11 +14,6 @@ from mnet_kernels.report.rows import Row
 
 #: So many groups of layers are shown at once, the others on demand.
 SHOWN = 4
-
-
-def write(evidence: Evidence, path: Path, title: str = "mnet_kernels: results") -> None:
-    """Write the page about ``evidence`` to ``path``."""
-    path.write_text(render(evidence, title), encoding="utf-8")
 
 
 @functools.cache
