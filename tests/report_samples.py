@@ -1,7 +1,8 @@
-"""Small results of every kind, as the commands write them, for the tests of the report."""
+"""For the tests of the report: small results of every kind, and a reader of pages."""
 
 from __future__ import annotations
 
+from html.parser import HTMLParser
 from typing import Any
 
 from mnet_kernels._version import __version__
@@ -141,3 +142,46 @@ def comparison() -> dict[str, Any]:
     layer = {"layer": "conv_dw_1", "pattern": "conv + bn + relu6", "backend": "cpu"}
     rows, layers = [common | network], [common | layer]
     return {"schema": 1, "environment": MACHINE, "rows": rows, "layers": layers}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects what a browser would fetch or read out."""
+
+    VOID = ("meta", "br", "rect", "line", "path")  # a path with a tip has an end
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.pictures: list[dict] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.headings: list[str] = []
+        self.sorts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.fetched += [found[k] for k in ("src", "data", "xlink:href") if k in found]
+        self.links += [found["href"]] if "href" in found else []
+        self.ids += [found["id"]] if "id" in found else []
+        if tag == "svg" and "aria-hidden" not in found:
+            self.pictures.append(found | {"children": []})
+        if tag == "th" and "aria-sort" in found:
+            self.sorts.append(found["aria-sort"])
+        if tag in ("title", "desc") and self.open[-1] == "svg":
+            self.pictures[-1]["children"].append(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in self.VOID
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("h2", "h3"):
+            self.headings.append(data)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from test_report import Page
+from report_samples import Page
 from torch import nn
 
 from mnet_kernels import compare as comparing

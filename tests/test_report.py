@@ -2,11 +2,11 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import report_samples as samples
+from report_samples import Page
 
 from mnet_kernels import cli, report
 from mnet_kernels.report import drawing, figures, tables, words
@@ -14,49 +14,6 @@ from mnet_kernels.report.drawing import Axis, Mark
 from mnet_kernels.report.rows import Spread, verdict_of
 
 ROOT = Path(__file__).parents[1]
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and collects what a browser would fetch or read out."""
-
-    VOID = ("meta", "br", "rect", "line", "path")  # a path with a tip has an end
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.fetched: list[str] = []
-        self.pictures: list[dict] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.headings: list[str] = []
-        self.sorts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.fetched += [found[k] for k in ("src", "data", "xlink:href") if k in found]
-        self.links += [found["href"]] if "href" in found else []
-        self.ids += [found["id"]] if "id" in found else []
-        if tag == "svg" and "aria-hidden" not in found:
-            self.pictures.append(found | {"children": []})
-        if tag == "th" and "aria-sort" in found:
-            self.sorts.append(found["aria-sort"])
-        if tag in ("title", "desc") and self.open[-1] == "svg":
-            self.pictures[-1]["children"].append(tag)
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        assert tag in self.VOID
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("h2", "h3"):
-            self.headings.append(data)
 
 
 @pytest.fixture
