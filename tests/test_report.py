@@ -109,8 +109,13 @@ def test_the_committed_results_make_a_page():
 
 def test_gpu_results_have_a_row_a_layout():
     evidence = report.of("gpu.json", samples.gpu())
-    assert [row.facets["layout"] for row in evidence.rows] == ["channels_last", "contiguous"]
-    assert [row.speedup.median for row in evidence.rows] == [4.0, 2.5]
+    layers = [row for row in evidence.rows if row.kind == "layer"]
+    assert [row.facets["layout"] for row in layers] == ["channels_last", "contiguous"]
+    assert [row.speedup.median for row in layers] == [4.0, 2.5]
+    calls, graphs = (row for row in evidence.rows if row.kind == "network")
+    assert calls.speedup.median == graphs.speedup.median == 2.0
+    assert calls.others == {"contiguous": 1.5}
+    assert graphs.name.endswith("CUDA graph")
     assert "A GPU" in report.render(evidence)
 
 

@@ -125,7 +125,8 @@ def _benchmark(told: Mapping[str, Any], malloc: bool) -> Row:
         "cache": str(told.get("cache", "")),
         "malloc": "tuned malloc" if malloc else "default malloc" if network else "",
     }
-    name = f"{told.get('model')}, {told.get('size')} px, batch {told['batch']}"
+    size = f", {told['size']} px" if told.get("size") else ""
+    name = f"{told.get('model')}{size}, batch {told['batch']}"
     return Row(
         kind=str(told["kind"]),
         name=name if network else _shape(told["shape"], told.get("out_channels")),
@@ -147,7 +148,7 @@ def _benchmark(told: Mapping[str, Any], malloc: bool) -> Row:
 
 
 def of_gpu(result: Mapping[str, Any]) -> list[Row]:
-    """Layers of `make gpu`'s result: a row a layout."""
+    """`make gpu`'s result: a row a layer and layout; of networks one for calls, one for graphs."""
     found = []
     for told in result["stages"].get("layers", {}).get("rows", []):
         us = {way: Spread.read(spread) for way, spread in told["us"].items()}
@@ -178,7 +179,37 @@ def of_gpu(result: Mapping[str, Any]) -> list[Row]:
                     of_copy=_number(told[layout].get("fraction_of_copy")),
                 )
             )
+    for told in result["stages"].get("networks", {}).get("rows", []):
+        for key, words in (("ms", ""), ("ms_graph", ", CUDA graph")):
+            found += _gpu_network(told, key, words)
     return found
+
+
+def _gpu_network(told: Mapping[str, Any], key: str, words: str) -> list[Row]:
+    us = {way: Spread.read(_scaled(ms, 1000)) for way, ms in told[key].items()}
+    layout = "channels_last"
+    if f"{OURS} {layout}" not in us:
+        return []
+    us[OURS] = us.pop(f"{OURS} {layout}")
+    peers = [way for way in us if not way.startswith(OURS)]
+    best = min(peers, key=lambda way: us[way].median)
+    slow, fast = us[best], us[OURS]
+    # There are no ratios by round: the widest that the two spreads allow.
+    speedup = Spread(slow.median / fast.median, slow.low / fast.high, slow.high / fast.low)
+    error = {w.replace(f"{OURS} {layout}", OURS): e for w, e in told["error"].items()}
+    return [
+        Row(
+            kind="network",
+            name=f"{told['model']}, batch {told['batch']}{words}",
+            facets={"dtype": str(told["dtype"]), "layout": layout, "gpu": "GPU"},
+            us=us,
+            best=best,
+            speedup=speedup,
+            verdict=verdict_of(speedup),
+            error=_errors(error),
+            ok=bool(told["ours_correct"]),
+        )
+    ]
 
 
 def of_comparison(result: Mapping[str, Any]) -> list[Row]:
