@@ -1,7 +1,8 @@
-"""Small results of every kind, as the commands write them, for the tests of the report."""
+"""For the tests of the report: small results of every kind, and a reader of pages."""
 
 from __future__ import annotations
 
+from html.parser import HTMLParser
 from typing import Any
 
 from mnet_kernels._version import __version__
@@ -11,11 +12,13 @@ MACHINE = {
     "cpu": "A processor", "instruction_set": "avx2", "threads": 2, "torch": "2.14.1",
 }  # fmt: skip
 CEILINGS = {
-    "2": {
-        "copy_gb_per_s": {"65536": 100.0, "268435456": 20.0},
-        "matrix_gflop_per_s": {"float32": 150.0},
-        "method": "best of ten",
-    }
+    "method": "best of ten",
+    "threads": {
+        "2": {
+            "copy_gb_per_s": {"65536": 100.0, "268435456": 20.0},
+            "matrix_gflop_per_s": {"float32": 150.0},
+        }
+    },
 }
 
 
@@ -32,6 +35,8 @@ def benchmark(kind: str, ours: float, peer: float, **more: Any) -> dict[str, Any
         "us": {"ours": spread(ours), "eager": spread(3 * peer), "onnxruntime": spread(peer)},
         "best_peer": "onnxruntime", "speedup": spread(peer / ours),
         "error": {"ours": 1e-7, "eager": 2e-7, "onnxruntime": 1.5e-7},
+        "best_torch": "eager", "speedup_torch": spread(3 * peer / ours),
+        "best_engine": "onnxruntime", "speedup_engine": spread(peer / ours),
         "missing_peers": {"openvino": "not installed"},
     }  # fmt: skip
     if layer:
@@ -82,7 +87,13 @@ def gpu() -> dict[str, Any]:
         "channels_last": {"against_best_peer": spread(4.0), "fraction_of_copy": 0.8},
         "contiguous": {"against_best_peer": spread(2.5), "fraction_of_copy": 0.5},
     }  # fmt: skip
-    stages = {"layers": {"passed": True, "rows": [row]}}
+    ways = {"ours channels_last": 9.0, "ours contiguous": 12.0, "eager channels_last": 18.0}
+    network = {
+        "model": "mobilenet_v1", "batch": 256, "dtype": "bfloat16", "ours_correct": True,
+        "error": dict.fromkeys(ways, 1e-3), "ms": {w: spread(t) for w, t in ways.items()},
+        "ms_graph": {w: spread(t / 2) for w, t in ways.items()},
+    }  # fmt: skip
+    stages = {"layers": {"rows": [row]}, "networks": {"rows": [network]}}
     return {"environment": MACHINE | {"gpu": "A GPU"}, "stages": stages}
 
 
@@ -119,3 +130,64 @@ def tradeoff() -> dict[str, Any]:
         })  # fmt: skip
     return {"schema": 1, "kind": "tradeoff", "environment": MACHINE, "rows": rows,
             "settings": {"batch": 8, "threads": 2}}  # fmt: skip
+
+
+def comparison() -> dict[str, Any]:
+    ways = {"native": 14.0, "native_channels_last": 12.0, "swapped": 6.0}
+    common: dict[str, Any] = {
+        "model": "mobilenet_v1", "batch": 1, "time_ms": {w: spread(t) for w, t in ways.items()},
+        "best_native": "native_channels_last", "speedup": spread(2.0), "ok": True,
+        "error": dict.fromkeys(ways, 1e-6) | {"tolerance": 1e-5},
+    }  # fmt: skip
+    label = {"label": "tabby", "probability": 0.7}
+    network = {
+        "size": 224, "dtype": "float32", "layout": "contiguous", "weights": "random", "fused": 27,
+        "answers": {"images": 1, "top1_same": 1, "top5_same": 1},
+        "photographs": [{"photograph": "chelsea", "native": [label], "swapped": [label]}],
+    }  # fmt: skip
+    layer = {"layer": "conv_dw_1", "pattern": "conv + bn + relu6", "backend": "cpu"}
+    rows, layers = [common | network], [common | layer]
+    return {"schema": 1, "environment": MACHINE, "rows": rows, "layers": layers}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects what a browser would fetch or read out."""
+
+    VOID = ("meta", "br", "rect", "line", "path")  # a path with a tip has an end
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.pictures: list[dict] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.headings: list[str] = []
+        self.sorts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.fetched += [found[k] for k in ("src", "data", "xlink:href") if k in found]
+        self.links += [found["href"]] if "href" in found else []
+        self.ids += [found["id"]] if "id" in found else []
+        if tag == "svg" and "aria-hidden" not in found:
+            self.pictures.append(found | {"children": []})
+        if tag == "th" and "aria-sort" in found:
+            self.sorts.append(found["aria-sort"])
+        if tag in ("title", "desc") and self.open[-1] == "svg":
+            self.pictures[-1]["children"].append(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in self.VOID
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("h2", "h3"):
+            self.headings.append(data)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import mnet_kernels
 from mnet_kernels import cli, data
 from mnet_kernels import compare as comparing
 from mnet_kernels.swap import sites, swap
@@ -186,7 +187,14 @@ def test_help_comes_without_the_heavy_packages():
 
 def test_no_command_prints_the_help(capsys):
     assert cli.main([]) == 0
-    assert "Commands:" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Commands:" in text
+    assert "..." not in text.partition("Commands:")[2]
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mnet_kernels {mnet_kernels.__version__}\n"
 
 
 def test_info_says_what_is_built_and_which_backends_serve(capsys):

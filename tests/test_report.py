@@ -2,11 +2,11 @@
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import report_samples as samples
+from report_samples import Page
 
 from mnet_kernels import cli, report
 from mnet_kernels.report import drawing, figures, tables, words
@@ -14,49 +14,6 @@ from mnet_kernels.report.drawing import Axis, Mark
 from mnet_kernels.report.rows import Spread, verdict_of
 
 ROOT = Path(__file__).parents[1]
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and collects what a browser would fetch or read out."""
-
-    VOID = ("meta", "br", "rect", "line", "path")  # a path with a tip has an end
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.fetched: list[str] = []
-        self.pictures: list[dict] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.headings: list[str] = []
-        self.sorts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.fetched += [found[k] for k in ("src", "data", "xlink:href") if k in found]
-        self.links += [found["href"]] if "href" in found else []
-        self.ids += [found["id"]] if "id" in found else []
-        if tag == "svg" and "aria-hidden" not in found:
-            self.pictures.append(found | {"children": []})
-        if tag == "th" and "aria-sort" in found:
-            self.sorts.append(found["aria-sort"])
-        if tag in ("title", "desc") and self.open[-1] == "svg":
-            self.pictures[-1]["children"].append(tag)
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        assert tag in self.VOID
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("h2", "h3"):
-            self.headings.append(data)
 
 
 @pytest.fixture
@@ -116,12 +73,15 @@ def test_every_row_is_in_the_table_and_losses_say_so(page):
     assert table.count("we lose") == 7  # a layer of each of six groups, and a network
     assert table.count(" noise<") == 6
     assert "openvino: not installed" in table
+    assert "Against PyTorch" in table
 
 
 def test_the_summary_counts_losses(folder):
     said = words.summary(report.read([folder]))
     assert "6 of 18 are faster, 6 within noise, 6 slower (the worst, 72 · 56² · 5x5 s2" in said[1]
     assert "In the other layout (contiguous) 12 of 18 are slower" in said[1]
+    assert "Against PyTorch alone: 3.63 times, 18 of 18 faster" in said[1]
+    assert "against the fastest engine (onnxruntime): 1.21 times, 6 of 18 faster" in said[1]
     assert any(s.startswith("The run swap reached 99") for s in said)
 
 
@@ -149,15 +109,23 @@ def test_the_committed_results_make_a_page():
 
 def test_gpu_results_have_a_row_a_layout():
     evidence = report.of("gpu.json", samples.gpu())
-    assert [row.facets["layout"] for row in evidence.rows] == ["channels_last", "contiguous"]
-    assert [row.speedup.median for row in evidence.rows] == [4.0, 2.5]
+    layers = [row for row in evidence.rows if row.kind == "layer"]
+    assert [row.facets["layout"] for row in layers] == ["channels_last", "contiguous"]
+    assert [row.speedup.median for row in layers] == [4.0, 2.5]
+    calls, graphs = (row for row in evidence.rows if row.kind == "network")
+    assert calls.speedup.median == graphs.speedup.median == 2.0
+    assert calls.others == {"contiguous": 1.5}
+    assert graphs.name.endswith("CUDA graph")
     assert "A GPU" in report.render(evidence)
 
 
 def test_results_of_older_versions_lack_keys():
     old = samples.full_bench()
     for benchmark in old["benchmarks"]:
-        for key in ("threads", "cache", "direction", "layout", "missing_peers", "verdict"):
+        for key in (
+            "threads", "cache", "direction", "layout", "missing_peers", "speedup_torch",
+            "best_torch", "speedup_engine", "best_engine",
+        ):  # fmt: skip
             benchmark["extra_info"].pop(key, None)
     del old["machine_info"]["mnet_kernels"]["ceilings"]
     evidence = report.of("old.json", old)
@@ -229,6 +197,48 @@ def test_what_cannot_be_used_is_named_and_left_out(tmp_path, name, text, reason)
     page = report.render(evidence)
     assert "Left out:" in page
     assert name in page
+
+
+def leaves(value, path=()):
+    """Paths of everything inside of nested dicts and lists."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, dict | list):
+            yield from leaves(inner, (*path, key))
+
+
+SMALL = {
+    "bench": samples.bench(samples.benchmark("layer", 5, 9), ceilings=samples.CEILINGS),
+    "network": samples.bench(samples.benchmark("network", 5, 9)),
+    "comparison": samples.comparison(),
+    "tradeoff": samples.tradeoff() | {"rows": samples.tradeoff()["rows"][:1]},
+    "gpu": samples.gpu(),
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_whatever_is_wrong_in_a_result_it_is_left_out_or_shown(kind):
+    """Every value in turn missing, of another type, or out of range."""
+    left_out = 0
+    for path in leaves(SMALL[kind]):
+        for wrong in (None, "x", -1, {}):
+            result = json.loads(json.dumps(SMALL[kind]))
+            inside = result
+            for key in path[:-1]:
+                inside = inside[key]
+            inside[path[-1]] = wrong
+            try:
+                evidence = report.of("result.json", result)
+            except ValueError as error:
+                assert "\n" not in str(error), (path, wrong)
+                left_out += 1
+                continue
+            try:
+                report.render(evidence)
+            except Exception as error:
+                raise AssertionError(f"{path} = {wrong!r}") from error
+    assert left_out > 20
 
 
 def test_a_file_is_read_once(folder):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import click
 
+from mnet_kernels._version import __version__
 from mnet_kernels.cli.common import BAD_INPUT, INTERRUPTED, NOT_BUILT, Command, fail
 from mnet_kernels.cli.comparing import compare, demo
 from mnet_kernels.cli.reporting import report
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @click.group(invoke_without_command=True)
+@click.version_option(__version__, message="mnet_kernels %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Fused depthwise convolution + BatchNorm + activation for MobileNets in PyTorch."""
@@ -42,7 +44,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-@cli.command(cls=Command)
+@cli.command(cls=Command, short_help="What is built, and which backends serve here.")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 def info(as_json: bool) -> None:
     """What is built, which instruction set is used, which backends are there."""
@@ -74,7 +76,7 @@ def info(as_json: bool) -> None:
         )
 
 
-@cli.command(cls=Command)
+@cli.command(cls=Command, short_help="MobileNet V1's layers, as Keras prints them.")
 @click.option("--alpha", type=float, default=1.0, show_default=True, help="Width multiplier.")
 @click.option("--size", type=click.IntRange(min=32), default=224, show_default=True)
 @click.option("--classes", type=click.IntRange(min=1), default=1000, show_default=True)
@@ -95,5 +97,14 @@ def summary(alpha: float, size: int, classes: int) -> None:
         click.echo(table.render())
 
 
-for command in (compare, demo, train, evaluate, tradeoff, report):
+# In the list of commands; cut off at a sentence, not within one.
+for command, words in (
+    (compare, "Native against swapped: the same answers? how much faster?"),
+    (demo, "The same with a trained MobileNet V2 and five photographs."),
+    (train, "Train a MobileNet V1."),
+    (evaluate, "Top-1 and top-5 on labelled pictures, native and swapped."),
+    (tradeoff, "Width and resolution against time, memory and accuracy."),
+    (report, "One HTML page from the results of all of these."),
+):
+    command.short_help = words
     cli.add_command(command)

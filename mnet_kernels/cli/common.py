@@ -54,6 +54,15 @@ class OutputPath(click.ParamType):
         return path
 
 
+def write(path: Path, content: str | bytes, what: str) -> None:
+    """Write a file and say so; one that cannot be written after all is one line."""
+    try:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    except OSError as error:
+        raise click.ClickException(f"{path} cannot be written: {error.strerror}") from None
+    click.echo(f"{what}: {path}")
+
+
 def load_extension() -> None:
     """Import torch and the extension, which must be built.
 

@@ -18,6 +18,7 @@ from mnet_kernels.cli.common import (
     load_extension,
     progress,
     set_threads,
+    write,
 )
 
 if TYPE_CHECKING:
@@ -202,13 +203,11 @@ def _finish(result: dict[str, Any], json_file: Path | None, html_file: Path | No
     from mnet_kernels.compare import failures
 
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-        click.echo(f"Result: {json_file}")
+        write(json_file, json.dumps(result, indent=2, allow_nan=False) + "\n", "Result")
     if html_file is not None:
-        report.write(
-            report.of("comparison", result), html_file, "Native PyTorch against mnet_kernels"
-        )
-        click.echo(f"Report: {html_file}")
+        evidence = report.of("comparison", result)
+        page = report.render(evidence, "Native PyTorch against mnet_kernels")
+        write(html_file, page, "Report")
     wrong = failures(result)
     for sentence in wrong:
         fail(f"answers differ: {sentence}", ANSWERS_DIFFER)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mnet_kernels.cli.common import Command, OutputPath
+from mnet_kernels.cli.common import Command, OutputPath, write
 
 
 @click.command(cls=Command)
@@ -41,10 +41,7 @@ def report(results: tuple[Path, ...], output: Path, title: str) -> None:
         click.echo(f"Left out: {sentence}", err=True)
     if evidence.empty:
         raise click.ClickException("there is nothing to report: no result can be used")
-    try:
-        pages.write(evidence, output, title)
-    except OSError as error:
-        raise click.ClickException(f"{output} cannot be written: {error.strerror}") from None
+    page = pages.render(evidence, title)
     for sentence in summary(evidence):
         click.echo(sentence)
-    click.echo(f"Report: {output}")
+    write(output, page, "Report")

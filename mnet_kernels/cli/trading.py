@@ -17,6 +17,7 @@ from mnet_kernels.cli.common import (
     load_extension,
     progress,
     set_threads,
+    write,
 )
 
 
@@ -113,8 +114,7 @@ def tradeoff(
     }
     for path, make in outputs.items():
         if path is not None:
-            path.write_bytes(make())
-            click.echo(f"Written: {path}")
+            write(path, make(), "Written")
     wrong = trading.failures(result)
     for sentence in wrong:
         fail(f"answers differ: {sentence}", ANSWERS_DIFFER)

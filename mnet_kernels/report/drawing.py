@@ -158,7 +158,7 @@ def bars(
     width = NARROW
     ends = max(text_width(bar.text) for _, group in rows for bar in group) + 8
     labels = max(text_width(label) for label, _ in rows) + 10
-    above = 18.0 if labels > 0.42 * width else 0.0
+    above = 18.0 if labels > 0.5 * width else 0.0
     left = 2.0 if above else labels
     right = width - ends
     tall = [above + 16.0 * len(group) + 6 for _, group in rows]
@@ -205,6 +205,7 @@ class Curve:
     points: tuple[Point, ...]
     css: str
     label: str = ""
+    begin: bool = False  #: its label stands above its left end, not above its right end
 
 
 def plot(
@@ -237,10 +238,12 @@ def plot(
     for curve in curves:
         points = [at(*point) for point in curve.points]
         drawing.path(points, f"curve {curve.css}")
-        if curve.label:  # above its right end
-            end = min(points[-1][0], right), points[-1][1] - 7
-            drawing.text(*end, curve.label, "label", "end")
-            taken.append((end[0] - text_width(curve.label), end[1] - 11, end[0], end[1] + 3))
+        if curve.label:
+            wide = text_width(curve.label)
+            px, py = points[0] if curve.begin else points[-1]
+            px = px + 4 if curve.begin else min(px, right) - wide
+            drawing.text(px, py - 7, curve.label, "label")
+            taken.append((px, py - 18, px + wide, py - 4))
     for mark in marks:
         px, py = at(mark.x, mark.y)
         drawing.mark(px, py, mark.shape, f"mark {mark.css}", mark.tip)

@@ -18,8 +18,7 @@ from mnet_kernels.report.drawing import (
     bars,
     plot,
 )
-from mnet_kernels.report.results import Run
-from mnet_kernels.report.rows import COPY, FACETS, OURS, Row
+from mnet_kernels.report.rows import COPY, FACETS, OURS, Row, Run
 from mnet_kernels.report.words import error_text, ms_text, names
 
 #: What a bar's colour says.
@@ -53,6 +52,7 @@ def geometric_mean(rows: Iterable[Row]) -> float:
 def speedups(rows: Sequence[Row]) -> list[Figure]:
     """One figure a group, all on one axis; bars begin at 1."""
     values = [v for r in rows for v in (r.speedup.low, r.speedup.high, *r.others.values())]
+    values += [row.torch_alone for row in rows if row.torch_alone]
     axis = Axis(min(0.9, *values) * 0.95, max(1.5, *values) * 1.05, log=True)
     found = []
     for title, group in groups(rows).items():
@@ -62,9 +62,11 @@ def speedups(rows: Sequence[Row]) -> list[Figure]:
             group_bars = [
                 Bar(spread.median, f"{spread.median:.2f}x", row.verdict, spread.low, spread.high)
             ]
-            for _, value in sorted(row.others.items()):
+            beside = [(value, "other") for _, value in sorted(row.others.items())]
+            beside += [(row.torch_alone, "torch")] if row.torch_alone else []
+            for value, css in beside:
                 side = "faster" if value >= 1 else "slower"
-                group_bars.append(Bar(value, f"{value:.2f}x", f"{side} other"))
+                group_bars.append(Bar(value, f"{value:.2f}x", f"{side} {css}"))
             drawn.append((row.name, group_bars))
             told.append(f"{row.name} {spread.median:.2f}")
         mean = geometric_mean(group)
@@ -73,7 +75,9 @@ def speedups(rows: Sequence[Row]) -> list[Figure]:
         other = next((name for row in group for name in row.others), "")
         if other:
             layout = group[0].facets.get("layout") or "channels_last"
-            legend.append(("other", "thin", f"thick: {layout}; thin: {other}"))
+            legend.append(("faster other", "thin", f"thick: {layout}; thin: {other}"))
+        if any(row.torch_alone for row in group):
+            legend.append(("faster torch", "thin", "against PyTorch alone"))
         found.append(
             Figure(
                 title,
@@ -93,6 +97,7 @@ def times(row: Row) -> Figure:
     for way in ways:
         ms = row.us[way]
         css = row.verdict if way == OURS else "peer"
+        css = f"{row.verdict} other" if way.startswith(f"{OURS} ") else css
         text = f"{ms_text(ms.median / 1e3)} ms"
         drawn.append((names(way), [Bar(ms.median / 1e3, text, css, ms.low / 1e3, ms.high / 1e3)]))
     longest = max(row.us[way].high for way in ways) / 1e3
@@ -168,7 +173,7 @@ def _clipped(x: Axis, y: Axis, rate: float, power: int, css: str, label: str) ->
     steps = [x.low * (x.high / x.low) ** (i / 60) for i in range(61)]
     points = [(step, rate * step**power) for step in steps]
     inside = tuple(point for point in points if y.low <= point[1] <= y.high)
-    return Curve(inside or ((x.low, y.low),), css, label if inside else "")
+    return Curve(inside or ((x.low, y.low),), css, label if inside else "", begin=power == 0)
 
 
 def _intensity(row: Row) -> float:
@@ -188,7 +193,7 @@ def _roofs(
     for environment in environments.values():
         ceilings = environment.get("ceilings") or {}
         count = threads.partition(" ")[0] or str(environment.get("threads", ""))
-        told = ceilings.get(count) or {}
+        told = ceilings.get("threads", ceilings).get(count) or {}
         copies = {int(size): float(rate) for size, rate in told.get("copy_gb_per_s", {}).items()}
         if copies:
             matrix = told.get("matrix_gflop_per_s", {})

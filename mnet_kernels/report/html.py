@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mnet_kernels.report import figures, tables, words
@@ -15,13 +16,8 @@ from mnet_kernels.report.rows import Row
 SHOWN = 4
 
 
-def write(evidence: Evidence, path: Path, title: str = "mnet_kernels: results") -> None:
-    """Write the page about ``evidence`` to ``path``."""
-    path.write_text(render(evidence, title), encoding="utf-8")
-
-
-def render(evidence: Evidence, title: str = "mnet_kernels: results") -> str:
-    """The page about ``evidence`` as text."""
+@functools.cache
+def _template() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
@@ -32,9 +28,14 @@ def render(evidence: Evidence, title: str = "mnet_kernels: results") -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.globals["marks"] = MARKS
+    return environment.get_template("page.html.j2")
+
+
+def render(evidence: Evidence, title: str = "mnet_kernels: results") -> str:
+    """The page about ``evidence`` as text."""
     comparisons = evidence.comparisons
-    told = [row for result in comparisons for row in result["rows"] if row["photographs"]]
-    return environment.get_template("page.html.j2").render(
+    told = [found for result in comparisons if (found := words.labels(result))]
+    return _template().render(
         title=title,
         openings=[words.opening(result) for result in comparisons],
         verdicts=[words.verdict(result) for result in comparisons],
@@ -58,6 +59,10 @@ def _tiles(evidence: Evidence) -> list[tuple[str, str]]:
         if rows:
             mean = figures.geometric_mean(rows)
             found.append((f"{mean:.2f}x", f"{label}, geometric mean against the fastest other"))
+            alone = [row.torch.median for row in rows if row.torch and row.engine]
+            if alone:
+                mean = statistics.geometric_mean(alone)
+                found.append((f"{mean:.2f}x", f"{label}, against PyTorch alone"))
     contests = [row for row in evidence.rows if row.kind in words.KINDS]
     if contests:
         lost = sum(row.verdict == "slower" for row in contests)

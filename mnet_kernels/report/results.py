@@ -10,21 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mnet_kernels._version import __version__
-from mnet_kernels.report import rows
-from mnet_kernels.report.rows import Row
+from mnet_kernels.report import figures, rows, tables, words
+from mnet_kernels.report.rows import Row, Run
 
 #: Every run of `mnet-kernels train` leaves one; see :mod:`mnet_kernels.train` for its columns.
 METRICS = "metrics.csv"
 #: What makes a machine another one.
 MACHINE = ("cpu", "gpu", "instruction_set")
-
-
-@dataclass(frozen=True)
-class Run:
-    """The course of a training run: rows of metrics.csv."""
-
-    name: str
-    rows: list[dict[str, float]]
 
 
 @dataclass
@@ -55,28 +47,32 @@ class Evidence:
             raise ValueError("expected a result of mnet_kernels, got other JSON")
         try:
             self._add(name, dict(result))
-        except (AttributeError, KeyError, TypeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"expected a result of mnet_kernels, it has {what}") from None
+            raise ValueError(f"expected a result of mnet_kernels, got one with: {what}") from None
 
     def _add(self, name: str, result: dict[str, Any]) -> None:
         kind, environment = _kind(result)
         self._check(environment, result)
+        found: list[Row] = []
         if kind == "benchmarks":
             found = rows.of_benchmarks(result, malloc=bool(environment.get("malloc")))
         elif kind == "gpu":
             found = rows.of_gpu(result)
         elif kind == "comparison":
             found = rows.of_comparison(result)
+            # Whatever fails, fails here.
+            words.opening(result), words.verdict(result), words.labels(result)
         else:
-            found = []
-        if kind == "tradeoff":
-            self.tradeoffs.append(result)
-        elif not found:
+            result.get("settings", {}).get("batch")
+            words.tradeoff(result), tables.tradeoff(result), tables.sources(result)
+            figures.tradeoff(result)
+        if not found and kind != "tradeoff":
             raise ValueError("it has no rows")
-        if kind == "comparison":
-            self.comparisons.append(result)
+        figures.roofline(found, {name: environment})
         self.rows += found
+        self.comparisons += [result] if kind == "comparison" else []
+        self.tradeoffs += [result] if kind == "tradeoff" else []
         self.environments[name] = environment
 
     def _check(self, environment: Mapping[str, Any], result: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ class Spread:
     def read(told: Mapping[str, Any]) -> Spread:
         median = float(told["median"])
         spread = Spread(median, float(told.get("p20", median)), float(told.get("p80", median)))
-        if not 0 < spread.low <= spread.high < float("inf"):
+        if not 0 < spread.low <= median <= spread.high < float("inf"):
             raise ValueError(f"expected positive numbers, got {dict(told)}")
         return spread
 
@@ -47,6 +47,10 @@ class Row:
     of_copy: float | None = None
     of_matrix: float | None = None
     missing: Mapping[str, str] = field(default_factory=dict)
+    #: Against the fastest that plain PyTorch has, and the fastest engine; the latter's name.
+    torch: Spread | None = None
+    engine: Spread | None = None
+    best_engine: str = ""
     #: Only of a comparison: what error is allowed, equal top-5, where the weights are from, ...
     allowed: float | None = None
     ok: bool = True
@@ -61,6 +65,12 @@ class Row:
         return [way for way in self.us if way != COPY and not way.startswith(OURS)]
 
     @property
+    def torch_alone(self) -> float | None:
+        """The speed-up against PyTorch, where an engine is faster than that."""
+        engine_won = self.torch is not None and self.best == self.best_engine
+        return self.torch.median if self.torch is not None and engine_won else None
+
+    @property
     def others(self) -> dict[str, float]:
         """Our other layouts' speed-ups, medians over medians."""
         best = self.us[self.best].median
@@ -69,6 +79,14 @@ class Row:
             for way, spread in self.us.items()
             if way.startswith(f"{OURS} ")
         }
+
+
+@dataclass(frozen=True)
+class Run:
+    """The course of a training run: rows of metrics.csv."""
+
+    name: str
+    rows: list[dict[str, float]]
 
 
 def verdict_of(speedup: Spread) -> str:
@@ -107,7 +125,8 @@ def _benchmark(told: Mapping[str, Any], malloc: bool) -> Row:
         "cache": str(told.get("cache", "")),
         "malloc": "tuned malloc" if malloc else "default malloc" if network else "",
     }
-    name = f"{told.get('model')}, {told.get('size')} px, batch {told['batch']}"
+    size = f", {told['size']} px" if told.get("size") else ""
+    name = f"{told.get('model')}{size}, batch {told['batch']}"
     return Row(
         kind=str(told["kind"]),
         name=name if network else _shape(told["shape"], told.get("out_channels")),
@@ -115,18 +134,21 @@ def _benchmark(told: Mapping[str, Any], malloc: bool) -> Row:
         us=us,
         best=_known(told["best_peer"], us),
         speedup=speedup,
-        verdict=str(told.get("verdict") or verdict_of(speedup)),
+        verdict=verdict_of(speedup),  # which is what the row's own says, where it has one
         error=_errors(told.get("error", {})),
-        flops=told.get("flops"),
-        bytes=told.get("bytes"),
-        of_copy=told.get("fraction_of_copy"),
-        of_matrix=told.get("fraction_of_matrix"),
-        missing=dict(told.get("missing_peers") or {}),
+        flops=_number(told.get("flops")),
+        bytes=_number(told.get("bytes")),
+        of_copy=_number(told.get("fraction_of_copy")),
+        of_matrix=_number(told.get("fraction_of_matrix")),
+        missing={str(k): str(v) for k, v in (told.get("missing_peers") or {}).items()},
+        torch=Spread.read(told["speedup_torch"]) if told.get("speedup_torch") else None,
+        engine=Spread.read(told["speedup_engine"]) if told.get("speedup_engine") else None,
+        best_engine=str(told.get("best_engine") or ""),
     )
 
 
 def of_gpu(result: Mapping[str, Any]) -> list[Row]:
-    """Layers of `make gpu`'s result: a row a layout."""
+    """`make gpu`'s result: a row a layer and layout; of networks one for calls, one for graphs."""
     found = []
     for told in result["stages"].get("layers", {}).get("rows", []):
         us = {way: Spread.read(spread) for way, spread in told["us"].items()}
@@ -141,8 +163,8 @@ def of_gpu(result: Mapping[str, Any]) -> list[Row]:
                     kind="layer",
                     name=_shape(told["shape"]),
                     facets={
-                        "model": told["model"],
-                        "dtype": told["dtype"],
+                        "model": str(told["model"]),
+                        "dtype": str(told["dtype"]),
                         "batch": f"batch {told['batch']}",
                         "layout": layout,
                         "cache": "cold" if told.get("cold") else "in L2",
@@ -153,11 +175,41 @@ def of_gpu(result: Mapping[str, Any]) -> list[Row]:
                     speedup=speedup,
                     verdict=verdict_of(speedup),
                     error=_errors(error | {OURS: told["error"].get(f"{OURS} {layout}")}),
-                    bytes=told.get("bytes"),
-                    of_copy=told[layout].get("fraction_of_copy"),
+                    bytes=_number(told.get("bytes")),
+                    of_copy=_number(told[layout].get("fraction_of_copy")),
                 )
             )
+    for told in result["stages"].get("networks", {}).get("rows", []):
+        for key, words in (("ms", ""), ("ms_graph", ", CUDA graph")):
+            found += _gpu_network(told, key, words)
     return found
+
+
+def _gpu_network(told: Mapping[str, Any], key: str, words: str) -> list[Row]:
+    us = {way: Spread.read(_scaled(ms, 1000)) for way, ms in told[key].items()}
+    layout = "channels_last"
+    if f"{OURS} {layout}" not in us:
+        return []
+    us[OURS] = us.pop(f"{OURS} {layout}")
+    peers = [way for way in us if not way.startswith(OURS)]
+    best = min(peers, key=lambda way: us[way].median)
+    slow, fast = us[best], us[OURS]
+    # There are no ratios by round: the widest that the two spreads allow.
+    speedup = Spread(slow.median / fast.median, slow.low / fast.high, slow.high / fast.low)
+    error = {w.replace(f"{OURS} {layout}", OURS): e for w, e in told["error"].items()}
+    return [
+        Row(
+            kind="network",
+            name=f"{told['model']}, batch {told['batch']}{words}",
+            facets={"dtype": str(told["dtype"]), "layout": layout, "gpu": "GPU"},
+            us=us,
+            best=best,
+            speedup=speedup,
+            verdict=verdict_of(speedup),
+            error=_errors(error),
+            ok=bool(told["ours_correct"]),
+        )
+    ]
 
 
 def of_comparison(result: Mapping[str, Any]) -> list[Row]:
@@ -176,9 +228,9 @@ def of_comparison(result: Mapping[str, Any]) -> list[Row]:
         found.append(
             Row(
                 kind="layer" if layer else "network",
-                name=told["layer"] if layer else f"{told['model']}, batch {told['batch']}",
+                name=str(told["layer"]) if layer else f"{told['model']}, batch {told['batch']}",
                 facets={
-                    "model": told["model"] if layer else "",
+                    "model": str(told["model"]) if layer else "",
                     "dtype": str(told.get("dtype", "")),
                     "batch": f"batch {told['batch']}" if layer else "",
                 },
@@ -186,12 +238,12 @@ def of_comparison(result: Mapping[str, Any]) -> list[Row]:
                 best=_known(told["best_native"].replace("_", " ", 1), us),
                 speedup=speedup,
                 verdict=verdict_of(speedup),
-                error={k: v for k, v in error.items() if k != "tolerance"},
-                allowed=error.get("tolerance"),
+                error=_errors({k: v for k, v in error.items() if k != "tolerance"}),
+                allowed=_number(error.get("tolerance")),
                 ok=bool(told["ok"]),
                 top5=f"{answers['top5_same']}/{answers['images']}" if answers else "",
                 weights=str(told.get("weights", "")),
-                fused=told.get("fused"),
+                fused=None if told.get("fused") is None else int(told["fused"]),
                 pattern=str(told.get("pattern", "")),
             )
         )
@@ -212,7 +264,16 @@ def _shape(shape: list[int], out_channels: int | None = None) -> str:
 
 
 def _errors(told: Mapping[str, Any]) -> dict[str, float | None]:
-    return {way: None if e is None else float(e) for way, e in told.items()}
+    return {way: _number(error, least=0) for way, error in told.items()}
+
+
+def _number(value: Any, least: float = 1e-300) -> float | None:
+    """A finite number from ``least``, or None."""
+    if value is None:
+        return None
+    if not least <= float(value) < float("inf"):
+        raise ValueError(f"expected a number from {least:g}, got {value}")
+    return float(value)
 
 
 def _known(way: str, us: Mapping[str, Spread]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mnet_kernels.report.rows import OURS, Row
+from mnet_kernels.report.rows import FACETS, OURS, Row, Spread, verdict_of
 from mnet_kernels.report.words import error_text, ms_text, percent_text, size_text, us_text
 
 
@@ -44,7 +44,12 @@ def table(caption: str, columns: _Columns, things: Iterable[Any]) -> Table:
 
 def measured(rows: Sequence[Row], caption: str) -> Table:
     """Everything about every row, the losses too."""
-    facets = ("model", "dtype", "batch", "direction", "layout", "threads", "cache", "malloc")
+    always = ("model", "dtype", "batch")
+    telling = [
+        facet
+        for facet in FACETS
+        if facet in always or len({row.facets.get(facet, "") for row in rows}) > 1
+    ]
 
     def facet(name: str) -> Callable[[Row], Cell]:
         def cell(row: Row) -> Cell:
@@ -88,14 +93,29 @@ def measured(rows: Sequence[Row], caption: str) -> Table:
         found = [e for way, e in row.error.items() if not way.startswith(OURS) and e is not None]
         return min(found, default=None)
 
+    def against(spread: Spread | None) -> Cell:
+        if spread is None:
+            return Cell("")
+        verdict = verdict_of(spread)
+        return Cell(f"{spread.median:.2f}x", spread.median, verdict)
+
+    def missing(row: Row) -> Cell:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in row.missing.items():
+            reasons.setdefault(reason, []).append(name)
+        told = [f"{', '.join(named)}: {reason}" for reason, named in reasons.items()]
+        return Cell("; ".join(told), css="wrap")
+
     def share(value: float | None) -> Cell:
         return Cell(percent_text(value), value)
 
     columns: _Columns = {
         "Row": lambda row: Cell(row.name),
-        **{name.capitalize(): facet(name) for name in facets},
+        **{name.capitalize(): facet(name) for name in telling},
         "Pattern": lambda row: Cell(row.pattern),
         "Speed-up": speedup,
+        "Against PyTorch": lambda row: against(row.torch),
+        "Against engines": lambda row: against(row.engine),
         "Other layout": other,
         "Ours": time(lambda row: OURS),
         "Fastest other": time(lambda row: row.best),
@@ -108,7 +128,7 @@ def measured(rows: Sequence[Row], caption: str) -> Table:
         "Same top-5": lambda row: Cell(row.top5),
         "Fused layers": lambda row: Cell("" if row.fused is None else str(row.fused), row.fused),
         "Weights": lambda row: Cell(row.weights),
-        "Missing": lambda row: Cell("; ".join(f"{k}: {v}" for k, v in row.missing.items())),
+        "Missing": missing,
     }
     return table(caption, columns, rows)
 

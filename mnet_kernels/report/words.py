@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mnet_kernels.report.results import Evidence
-    from mnet_kernels.report.rows import Row
+    from mnet_kernels.report.rows import Row, Spread
 
 #: The ways to run, and what readers call them.
 WAYS = {
@@ -46,6 +46,25 @@ def verdict(result: dict[str, Any]) -> str:
     low, high = f"{min(speeds):.2f}", f"{max(speeds):.2f}"
     span = low if low == high else f"{low} to {high}"
     return f"{answers} Speed: {span} times the faster of the two natives."
+
+
+def labels(result: dict[str, Any]) -> dict[str, Any] | None:
+    """What the first network that was told about its photographs sees: "model", and of each
+    photograph its name and the lines of its best labels, native and swapped."""
+    for row in result["rows"]:
+        if row.get("photographs"):
+            lines = [
+                (
+                    photograph["photograph"],
+                    *(
+                        [f"{best['label']} {best['probability']:.1%}" for best in photograph[way]]
+                        for way in ("native", "swapped")
+                    ),
+                )
+                for photograph in row["photographs"]
+            ]
+            return {"model": row["model"], "lines": lines}
+    return None
 
 
 def error_text(error: float | None) -> str:
@@ -179,7 +198,18 @@ def _speeds(rows: Sequence[Row]) -> str:
     lost = [layout for value, layout in others if value < 1]
     if lost:
         text += f". In the other layout ({lost[0]}) {len(lost)} of {len(others)} are slower"
+    engines = [row for row in rows if row.engine and row.torch]
+    if engines:
+        text += f". Against PyTorch alone: {_against([r.torch for r in engines])}"
+        named = ", ".join(sorted({row.best_engine for row in engines}))
+        text += f"; against the fastest engine ({named}): {_against([r.engine for r in engines])}"
     return f"{text}."
+
+
+def _against(spreads: Sequence[Spread | None]) -> str:
+    found = [spread for spread in spreads if spread]
+    mean = statistics.geometric_mean(spread.median for spread in found)
+    return f"{mean:.2f} times, {sum(s.low > 1 for s in found)} of {len(found)} faster"
 
 
 def _errors(rows: Sequence[Row]) -> str:
