@@ -23,7 +23,7 @@ COLUMNS = {
     "OpenVINO": ("OpenVINO",),
     "XNNPACK": ("XNNPACK",),
     "ncnn": ("ncnn",),
-    "ours": ("ours", "ours channels_last"),
+    "ours": ("ours",),
 }
 LEGEND = (
     "Speed-ups are apart: against the best of plain PyTorch (eager, BatchNorm folded, jit, "

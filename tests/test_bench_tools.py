@@ -117,6 +117,7 @@ def test_a_base_that_is_not_there_is_one_line(capsys, tmp_path):
 def test_tables_keep_pytorch_and_engines_apart_and_show_losses(write):
     network = row(8000.0, 12000.0, 6000.0, kind="network", size=224)
     del network["shape"]
+    network["us"]["ours channels_last"] = summary(1.0, 0.0)  # not what the speed-ups are of
     rows = [row(100.0), row(90.0, shape=[64, 112, 112, 3, 2], dtype="bfloat16"), network]
     rows.append(row(100.0, 103.0, 100.5, spread=0.05, shape=[9, 9, 9, 3, 1]))
     text = tables.render([Path(write("cpu.json", result(*rows)))])
