@@ -199,7 +199,7 @@ def dynamic_shared() -> dict[tuple[str, str], int]:
 
 
 def _variant(kernel: str) -> tuple[str, str]:
-    """(variant, element) of dwconv_VARIANT<ELEMENT, ...> and separable_conv_kernel<ELEMENT, VARIANT>."""
+    """(variant, element) of dwconv_VARIANT<ELEMENT, ...> or separable_conv_kernel<ELEMENT, ...>."""
     if match := re.match(r"separable_conv_kernel<(\w+), Separable(\w+?)(\d+)>", kernel):
         return f"{match[2].lower()}_{match[3]}", match[1]
     match = re.match(r"dwconv_(\w+)<(\w+)", kernel)
