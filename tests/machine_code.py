@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = [
     path
     for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    if '.cuh"' in path.read_text() and "torch/" not in path.read_text()
+    if '.cuh"' in path.read_text() and "STABLE_TORCH" not in path.read_text()
 ]
 TABLE = Path(__file__).with_suffix(".csv")
 CACHE = ROOT / "build" / "machine_code"
@@ -43,6 +43,7 @@ class Unavailable(RuntimeError):
 # ---- what a multiprocessor holds (CUDA C++ Programming Guide, "Technical Specifications") ----
 WARPS, BLOCKS, REGISTERS = 64, 32, 65536
 SHARED = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+LEAST_GRANTED = 163 << 10  # that a block may have on each of these
 SHARED_OF_THE_SYSTEM = 1024  # beside each block's own; cuobjdump counts it in from sm_90 on
 
 
@@ -158,8 +159,8 @@ def kernels(source: Path, architecture: int) -> list[Kernel]:
             max(loads, default=0), max(stores, default=0),
             blocks_per_sm(architecture, threads[mangled], registers, shared), loads_in_flight(code),
             tuple(
-                sum(op.split(".")[0] == name for _, op, _ in code)
-                for name in ("HMMA", "LDSM", "LDGSTS")
+                sum(op.split(".")[0] == which for _, op, _ in code)
+                for which in ("HMMA", "LDSM", "LDGSTS")
             ),
         ))  # fmt: skip
     return found
@@ -189,15 +190,17 @@ def dynamic_shared() -> dict[tuple[str, str], int]:
         block = [batch, c, h, w], dtype, [c, 1, kernel, kernel], outputs, [stride], [kernel // 2]
         for variant in _cuda.facts_of_separable_call(*block).able:
             _cuda.force_separable_variant(variant)
-            key = variant, ELEMENTS[dtype]
-            most[key] = max(most.get(key, 0), _cuda.facts_of_separable_call(*block).shared_bytes)
+            nbytes = _cuda.facts_of_separable_call(*block).shared_bytes
+            if nbytes <= LEAST_GRANTED:  # else sm_80 takes another variant
+                key = variant, ELEMENTS[dtype]
+                most[key] = max(most.get(key, 0), nbytes)
             _cuda.force_separable_variant("")
     return most
 
 
 def _variant(kernel: str) -> tuple[str, str]:
-    """(variant, element) of dwconv_VARIANT<ELEMENT, ...> and separable_conv<ELEMENT, VARIANT>."""
-    if match := re.match(r"separable_conv<(\w+), Separable(\w+?)(\d+)>", kernel):
+    """(variant, element) of dwconv_VARIANT<ELEMENT, ...> or separable_conv_kernel<ELEMENT, ...>."""
+    if match := re.match(r"separable_conv_kernel<(\w+), Separable(\w+?)(\d+)>", kernel):
         return f"{match[2].lower()}_{match[3]}", match[1]
     match = re.match(r"dwconv_(\w+)<(\w+)", kernel)
     return match.groups() if match else (kernel, "")

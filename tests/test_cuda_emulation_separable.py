@@ -187,7 +187,7 @@ def test_padding_and_dilation_beyond_32_bits():
 
 @pytest.mark.parametrize("variant", ["resident_64", "resident_16", "stream_64", "resident_128"])
 def test_memory_traffic(variant):
-    """Whole sectors of x and y, no bank conflict, weights once a block."""
+    """Whole sectors of x and y, no bank conflict, weights once a block, a small halo."""
     s = separable((1, 64, 16, 16), 64, padding=1, dtype=torch.bfloat16)
     _, answer = blocks.run(emulator(), s, variant, count=True)
     traffic = answer.traffic
@@ -196,6 +196,9 @@ def test_memory_traffic(variant):
         assert traffic[name]["sectors"] == traffic[name]["least_sectors"], name
     tiles = {"resident_128": 2, "resident_16": 16}.get(variant, 4)
     assert traffic["pw_weight"]["bytes"] == tiles * s.pw_weight.nbytes
+    # A nearly square tile and its halo; resident_16 also reads x for each of its two splits.
+    past_l1 = 32 * traffic["x"]["block_sectors"] / s.depthwise.x.nbytes
+    assert past_l1 <= {"resident_128": 1.15, "resident_16": 3.8}.get(variant, 1.3)
 
 
 # ---- sanitizers ----

@@ -57,7 +57,7 @@ def test_passes_over_x_load_as_wide_as_their_vectors(kernels):
 def test_separable_conv_is_on_the_tensor_cores(kernels):
     """Matrix instructions fed by matrix loads for 16-bit elements, plain multiply-adds for float32;
     weights by asynchronous copies, results by stores of 16 bytes."""
-    found = [k for k in kernels if k.name.startswith("separable_conv<")]
+    found = [k for k in kernels if k.name.startswith("separable_conv_kernel<")]
     assert len(found) == 3 * 4 * len(machine_code.ARCHITECTURES)
     for kernel in found:
         products, loads, copies = kernel.matrix

@@ -35,7 +35,7 @@ void launch(const Launcher& launcher, const char* variant, const SeparableCall& 
 }
 
 // All but the pointers.
-SeparableCall call_of(const SeparableProblem& problem, const DeviceLimits& limits) {
+SeparableCall separable_call_of(const SeparableProblem& problem, const DeviceLimits& limits) {
   check_dtype(kOp, problem.depthwise);
   SeparableCall call{};
   call.depthwise = call_of(problem.depthwise, true);
@@ -75,7 +75,7 @@ Tensor separable_conv(Tensor x, Tensor dw_weight, std::optional<Tensor> dw_scale
        mnet::facts_of(residual)},
       std::move(stride), std::move(padding), std::move(dilation), std::move(dw_activation),
       std::move(pw_activation), slope);
-  SeparableCall call = call_of(problem, limits_of(facts.device_index));
+  SeparableCall call = separable_call_of(problem, limits_of(facts.device_index));
   const DwconvCall& dw = call.depthwise;
   const torch::stable::accelerator::DeviceGuard guard(facts.device_index);
   const Layout layout = layout_of(x);
@@ -124,7 +124,7 @@ CallFacts facts_of_separable_call(const std::vector<int64_t>& x, const std::stri
   SeparableTensors t;
   t.x = facts_of(x, dtype), t.dw_weight = facts_of(dw_weight, dtype);
   t.pw_weight = facts_of(pw_weight, dtype);
-  const SeparableCall call = call_of(
+  const SeparableCall call = separable_call_of(
       checked_separable(kOp, t, stride, padding, dilation, "relu6", "relu6", 0), limits_of(0));
   const char* variant = variant_for(call);
   KernelFacts kernel;

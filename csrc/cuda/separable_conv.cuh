@@ -210,7 +210,7 @@ __device__ __forceinline__ void store_outputs(const SeparableCall& call, bool wi
 
 template <typename Element, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    separable_conv(const SeparableCall call, const SeparablePlan plan) {
+    separable_conv_kernel(const SeparableCall call, const SeparablePlan plan) {
   constexpr int kStages = Tile::kStages;
   constexpr int kStep = 32 / sizeof(Element);  // channels
   unsigned char* places = shared_memory();

@@ -64,6 +64,7 @@ __device__ __forceinline__ void depthwise_three(const DwconvCall& call, int chun
                                                 const unsigned char* places,
                                                 unsigned char* middle) {
   constexpr int V = 16 / sizeof(Element), kColumns = T + 2;
+  constexpr int kComing = T == 1 ? 3 : 2;  // rows on their way: as many as there are registers for
   const SeparableLane lane = lane_of<Tile, V>(call, chunk);
   float taps[9][V];
   load_taps<3, V, Element>(call, lane.c, taps);
@@ -75,8 +76,7 @@ __device__ __forceinline__ void depthwise_three(const DwconvCall& call, int chun
     const auto* x = static_cast<const Element*>(call.x) + window.at + lane.c;
     const bool exists = window.exists && lane.exists;
     Vector<Element, V> in[3][kColumns];
-#pragma unroll
-    for (int kh = 0; kh < 3; ++kh)
+    auto request = [&](int kh) {
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         const bool inside = exists &&
@@ -84,9 +84,12 @@ __device__ __forceinline__ void depthwise_three(const DwconvCall& call, int chun
                             static_cast<unsigned>(window.iw + j * DW) < static_cast<unsigned>(W);
         in[kh][j] = load<V>(x + (kh * DH * W + j * DW) * C, inside);
       }
+    };
+#pragma unroll
+    for (int kh = 0; kh < kComing; ++kh) request(kh);
     float sum[T][V] = {};
 #pragma unroll
-    for (int kh = 0; kh < 3; ++kh)
+    for (int kh = 0; kh < 3; ++kh) {
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
         float wide[V];
@@ -98,6 +101,8 @@ __device__ __forceinline__ void depthwise_three(const DwconvCall& call, int chun
           for (int v = 0; v < V; ++v) sum[t][v] += wide[v] * taps[kh * 3 + j - t][v];
         }
       }
+      if (kh + kComing < 3) request(kh + kComing);
+    }
 #pragma unroll
     for (int t = 0; t < T; ++t)
       finish_middle(

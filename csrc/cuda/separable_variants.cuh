@@ -21,7 +21,7 @@ void launch_separable(Launcher&& launcher, const SeparableCall& call) {
   const SeparablePlan plan = separable_plan<Tile>(call);
   const Geometry geometry{divide_up(plan.pixels, Tile::kPixels) * plan.splits, Tile::kThreads,
                           static_cast<int>(Tile::shared_bytes(plan.slots)), true};
-  launcher(separable_conv<Element, Tile>, geometry, call, plan);
+  launcher(separable_conv_kernel<Element, Tile>, geometry, call, plan);
 }
 
 template <typename Tile>
