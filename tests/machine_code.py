@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = [
     path
     for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    if '.cuh"' in path.read_text() and "torch/" not in path.read_text()
+    if '.cuh"' in path.read_text() and "operators.h" not in path.read_text()
 ]
 TABLE = Path(__file__).with_suffix(".csv")
 CACHE = ROOT / "build" / "machine_code"
