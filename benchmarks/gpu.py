@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpu_table import table
+
 ROOT = Path(__file__).parents[1]
 #: Of the time given, what each stage may take at most.
 SHARES = {
@@ -42,8 +44,6 @@ setuptools.dist.Distribution.parse_config_files = lambda *_, **__: None
 sys.argv = ["setup.py", "build_ext", "--inplace"]
 runpy.run_path("setup.py", run_name="__main__")
 """
-#: Rows of the second backend, beside those of CUDA, which are named by the layout alone.
-TRITON = ("channels_last, triton", "contiguous, triton")
 _Stage = dict[str, Any]
 
 
@@ -238,109 +238,6 @@ def _driver() -> str | None:
         return subprocess.run(query, capture_output=True, text=True).stdout.split()[0]
     except (OSError, IndexError):
         return None
-
-
-# ---- the table ----
-def table(result: dict[str, Any]) -> str:
-    """Markdown of what is there so far."""
-    facts, stages = result["environment"], result["stages"]
-    lines = [
-        f"{facts.get('gpu')}, torch {facts.get('torch')}, commit {facts.get('commit')}, "
-        f"{facts.get('date')}; copy {facts.get('copy_gb_per_s', 0):.0f} GB/s", "",
-    ]  # fmt: skip
-    for name in SHARES:
-        if name in stages:
-            stage = stages[name]
-            verdict = stage.get("left_out") or ("passed" if stage["passed"] else "FAILED")
-            lines.append(f"- {name}: {verdict} {stage.get('counts', '')}")
-    lines += _layers(stages.get("layers", {}).get("rows", []))
-    rows = stages.get("separable", {}).get("rows", [])
-    if rows:
-        columns = list(rows[0]["table"])
-        lines += ["", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-        lines += [f"| {' | '.join(row['table'].values())} |" for row in rows]
-    lines += _training(stages.get("training", {}).get("rows", []))
-    for row in stages.get("profile", {}).get("rows", []):
-        call = f"{row['shape']}, batch {row['batch']}, {row['dtype']}, {row['layout']}"
-        lines += ["", f"{call}: " + "; ".join(f"{k} {v}" for k, v in row["figures"].items())]
-    rows = stages.get("networks", {}).get("rows", [])
-    if rows:
-        lines += ["", "| network, batch, dtype | way | images/s | with a CUDA graph | peak MB |",
-                  "| --- | --- | --- | --- | --- |"]  # fmt: skip
-    for row in rows:
-        for way, rate in row["images_per_s"].items():
-            lines.append(
-                f"| {row['model']}, {row['batch']}, {row['dtype']} | {way} | {rate:.0f} "
-                f"| {row['images_per_s_graph'][way]:.0f} | {row['peak_bytes'][way] / 1e6:.0f} |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def _cells(found: _Stage | None, us: float) -> list[str]:
-    """Time, part of copy speed and speed-up of a way of ours that ran."""
-    if found is None:
-        return ["-", "-", "-"]
-    speedup = found["against_best_peer"]["median"]
-    lost = "" if speedup >= 1 else " (we lose)"
-    return [f"{us:.1f}", f"{found['fraction_of_copy']:.0%}", f"{speedup:.2f}x{lost}"]
-
-
-def _head(columns: list[str]) -> list[str]:
-    return ["", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-
-
-def _layers(rows: list[dict[str, Any]]) -> list[str]:
-    ways = ("channels_last", "contiguous", *TRITON)
-    columns = ["C, H, kernel, stride", "batch", "dtype", "best peer", "µs"]
-    for way in ways:
-        columns += [f"ours, {way}", "of copy", "speed-up"]
-    columns.append("Triton's first call, s")
-    lines = _head(columns) if rows else []
-    for row in rows:
-        channels, height, _, kernel, stride = row["shape"]
-        cells = [
-            f"{channels}, {height}, {kernel}, {stride}", row["batch"],
-            row["dtype"] + ("" if row["cold"] else " (in L2)"), row["best_peer"],
-            f"{row['us'][row['best_peer']]['median']:.1f}",
-        ]  # fmt: skip
-        for way in ways:
-            us = row["us"].get(f"ours {way}", {}).get("median", 0)
-            wrong = f"ours {way}" in row["error"] and way not in row
-            cells += ["WRONG", "-", "-"] if wrong else _cells(row.get(way), us)
-        first = row["triton_first_call_s"].values()
-        cells.append(" / ".join(f"{seconds:.1f}" for seconds in first) or "-")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
-
-
-def _training(rows: list[dict[str, Any]]) -> list[str]:
-    layers = [row for row in rows if "shape" in row]
-    steps = [row for row in rows if "shape" not in row]
-    lines = []
-    if layers:
-        lines += [
-            "",
-            "Depthwise layers, training, forward and backward; copy of five passes' bytes.",
-        ]
-        lines += _head(["C, H, kernel, stride", "batch", "dtype", "best peer", "µs", "way of ours",
-                        "µs", "of copy", "speed-up"])  # fmt: skip
-    for row in layers:
-        channels, height, _, kernel, stride = row["shape"]
-        best = row["best_peer"]
-        for way, found in row["ours"].items():
-            cells = [f"{channels}, {height}, {kernel}, {stride}", row["batch"], row["dtype"], best,
-                     f"{row['us'][best]['median']:.1f}", way,
-                     *_cells(found, row["us"][way]["median"])]  # fmt: skip
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    if steps:
-        lines += _head(["training step of", "batch", "dtype", "way", "images/s", "peak MB"])
-    for row in steps:
-        for way, rate in row["images_per_s"].items():
-            lines.append(
-                f"| {row['model']}, {row['size']} | {row['batch']} | {row['dtype']} | {way} "
-                f"| {rate:.0f} | {row['peak_bytes'][way] / 1e6:.0f} |"
-            )
-    return lines
 
 
 def main() -> int:

@@ -70,7 +70,7 @@ def check(p: Problem, sanitizer: str = "", offset: int = 0) -> None:
 @both_layouts
 @pytest.mark.parametrize("kernel,stride", FAST_PATHS)
 def test_fast_paths(dtype, channels_last, kernel, stride):
-    for size in ((1, 2), (2, 9), (7, 7), (8, 13)):
+    for size in ((1, 2), (7, 9), (8, 13)):
         check(
             problem(
                 (2, 12, *size), (kernel, kernel), dtype=dtype, channels_last=channels_last,
@@ -135,7 +135,7 @@ def test_any_kernel_stride_dilation_multiplier(dtype, channels_last, kernel, con
 @pytest.mark.parametrize("kernel,stride", [(3, 1), (5, 2)])
 def test_many_chunks_add_up_and_twice_to_the_same_bits(channels_last, kernel, stride):
     p = problem(
-        (5, 8, 40, 36), (kernel, kernel), channels_last=channels_last, padding="same", stride=stride
+        (4, 8, 30, 36), (kernel, kernel), channels_last=channels_last, padding="same", stride=stride
     )
     t, dy = Training(p), gradient_of_output(p)
     for variant in variants(t, dy):

@@ -23,19 +23,15 @@ struct TrainingStreamPlan {
   int rows;  // of a row block
 };
 
-// The reduction has more to keep in registers a channel.
-template <typename Element, int K, bool Reduction>
-constexpr int kTrainingWidest = Reduction || K == 5 ? 4 : 16 / sizeof(Element);
-
-// Blocks on a multiprocessor that registers are shared out for.
-template <int K, int V>
-constexpr int kTrainingBlocks = K == 5 || V == 8 ? 2
-                                : V == 1         ? 5
-                                                 : 3;
+// Channels of a thread, in elements of so many bytes: the reduction has more to keep in registers.
+constexpr int training_width(int K, int bytes, bool reduction) {
+  if (K == 5) return reduction && bytes == 4 ? 2 : 4;
+  return reduction ? 4 : 16 / bytes;
+}
 
 // Reduction: the backward's pass, else that of the statistics.
 template <typename Element, int K, int S, int V, int P, bool Reduction>
-__global__ void __launch_bounds__(kBackwardThreads, (kTrainingBlocks<K, V>))
+__global__ void __launch_bounds__(kBackwardThreads, K == 3 && V == 1 ? 5 : 2)
     dwconv_training_stream(const DwconvTrainingCall call, const TrainingStreamPlan plan) {
   constexpr int T = kStrip, kColumns = (T - 1) * S + K;
   constexpr int kRing = (K + S - 1) / S, kPeriod = kRing * S;
@@ -204,7 +200,8 @@ struct DwconvTrainingStream {
   static int width(const DwconvTrainingCall& call) {
     const DwconvCall& f = call.backward.forward;
     const int64_t bytes = f.dtype == DType::float32 ? 4 : 2;
-    const int64_t V = call.backward.pass == BackwardPass::reduction || f.KH == 5 ? 4 : 16 / bytes;
+    const int64_t V = training_width(static_cast<int>(f.KH), static_cast<int>(bytes),
+                                     call.backward.pass == BackwardPass::reduction);
     const bool fits = f.channels_last && f.C % V == 0 && aligned(f.x, V * bytes) &&
                       aligned(call.backward.dy, V * bytes);
     return fits ? static_cast<int>(V) : 1;
@@ -230,7 +227,8 @@ struct DwconvTrainingStream {
   template <typename Element, int K, int S, bool Reduction, typename Launcher>
   static void launch_width(Launcher&& launcher, const DwconvTrainingCall& call) {
     if (width(call) == 1) return launch_as<Element, K, S, 1, Reduction>(launcher, call);
-    launch_as<Element, K, S, kTrainingWidest<Element, K, Reduction>, Reduction>(launcher, call);
+    constexpr int V = training_width(K, sizeof(Element), Reduction);
+    launch_as<Element, K, S, V, Reduction>(launcher, call);
   }
 
   template <typename Element, int K, int S, int V, bool Reduction, typename Launcher>
