@@ -3,6 +3,7 @@
 from mnet_kernels import backends, models, nn
 from mnet_kernels._version import __version__
 from mnet_kernels.blocks import SeparableConv
+from mnet_kernels.graphs import graphed
 from mnet_kernels.ops import conv_bn_act, dwconv_bn_act
 from mnet_kernels.separable import separable_conv
 from mnet_kernels.swap import explain, restore, sites, swap
@@ -14,6 +15,7 @@ __all__ = [
     "conv_bn_act",
     "dwconv_bn_act",
     "explain",
+    "graphed",
     "models",
     "nn",
     "restore",
