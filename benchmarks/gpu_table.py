@@ -1,4 +1,4 @@
-"""The result of `make gpu` as Markdown: what passed, layers, pairs, training, profiles, networks."""
+"""The result of `make gpu` as Markdown: what passed, and a table for each kind of row."""
 
 from __future__ import annotations
 

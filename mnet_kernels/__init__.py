@@ -4,6 +4,7 @@ from mnet_kernels import backends, models, nn
 from mnet_kernels._version import __version__
 from mnet_kernels.blocks import SeparableConv
 from mnet_kernels.dwconv_training import dwconv_bn_act_training
+from mnet_kernels.graphs import graphed
 from mnet_kernels.ops import conv_bn_act, dwconv_bn_act
 from mnet_kernels.separable import separable_conv
 from mnet_kernels.swap import explain, restore, sites, swap
@@ -16,6 +17,7 @@ __all__ = [
     "dwconv_bn_act",
     "dwconv_bn_act_training",
     "explain",
+    "graphed",
     "models",
     "nn",
     "restore",

@@ -7,6 +7,7 @@ could tell the difference; at all others its modules are called one by one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from mnet_kernels import ops
-from mnet_kernels.fold import Snapshot, fold
-from mnet_kernels.nn import FusedConv2d, recorded
+from mnet_kernels.fold import Snapshot, fold, statistics_of
+from mnet_kernels.nn import FusedConv2d, Fusion, recorded
 from mnet_kernels.plan import Run
 from mnet_kernels.reference import ACTIVATIONS
 
@@ -61,9 +62,9 @@ class Runner:
         members = cast(list[nn.Module], list(owner._modules.values()))[run.start : run.stop]
         modules = list(dict.fromkeys(m for member in members for m in member.modules()))
         #: The tree as it was found: what was exchanged since is not run over.
-        parents = [m for m in modules if m._modules]
-        self.tree = [(m._modules, tuple(m._modules.values())) for m in (owner, *parents)]
-        self.forwards = [(m.__dict__, m.__dict__.get("forward")) for m in parents]
+        self.parents = [m for m in modules if m._modules]
+        self.tree = [(m._modules, tuple(m._modules.values())) for m in (owner, *self.parents)]
+        self.forwards = [m.__dict__.get("forward") for m in self.parents]
         self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._kept: tuple[Any, Snapshot, Tensor, Tensor] | None = None
 
@@ -72,19 +73,22 @@ class Runner:
             return None
         sources: list[Tensor] = []
         constants: list[Any] = [x.dtype]
-        for conv in self.convs:
-            fusion = conv.fusion
-            norm = fusion.norm
-            if (
-                fusion.declined is not None
-                or fusion.backend not in (None, "cpu")
-                or (norm is not None and norm.training and fusion.batch_statistics)
-                or (norm is not None and norm._buffers["running_mean"] is None)
-            ):
+        for held, parameters in self._bound[0]:
+            fusion: Fusion = held["fusion"]
+            norm, bias = fusion.norm, parameters["bias"]
+            if fusion.declined is not None or fusion.backend not in (None, "cpu"):
                 return None
-            constants.append((conv.stride, conv.padding, conv.dilation, norm and norm.eps))
-            sources.append(cast(Tensor, conv._parameters["weight"]))
-            sources += conv.sources()
+            sources.append(cast(Tensor, parameters["weight"]))
+            if bias is not None:
+                sources.append(bias)
+            eps = None
+            if norm is not None:
+                statistics = statistics_of(norm)
+                if statistics[0] is None or (norm.training and fusion.batch_statistics):
+                    return None
+                sources += [t for t in statistics if t is not None]
+                eps = norm.eps
+            constants.append((held["stride"], held["padding"], held["dilation"], eps))
         if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
             return None
         kept = self._kept
@@ -110,13 +114,24 @@ class Runner:
             and self.unobserved()
         )
 
+    @functools.cached_property
+    def _bound(self) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], list[dict[str, Any]]]:
+        """The dictionaries of the modules themselves; those of a copy are others."""
+        return (
+            [(conv.__dict__, conv._parameters) for conv in self.convs],
+            [m.__dict__ for m in self.parents],
+        )
+
     def unobserved(self) -> bool:
         """No hook would miss a call, and the modules are those that were found."""
         return (
             not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
             and not any(self.hooks)
             and all(tuple(held.values()) == found for held, found in self.tree)
-            and all(held.get("forward") is found for held, found in self.forwards)
+            and all(
+                held.get("forward") is found
+                for held, found in zip(self._bound[1], self.forwards, strict=True)
+            )
         )
 
     def _pack(self) -> tuple[Tensor, Tensor]:
@@ -142,7 +157,9 @@ class Runner:
         return torch.tensor(rows), torch.cat(parts)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        state = {**self.__dict__, "_kept": None}
+        state.pop("_bound", None)
+        return state
 
 
 def _flat(conv: FusedConv2d) -> Iterator[Tensor]:

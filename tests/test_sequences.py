@@ -423,6 +423,22 @@ def test_copies_and_files(net, calls):
     assert "forward" not in net.__dict__
 
 
+def test_what_is_done_to_a_copy_is_seen(net, calls):
+    fast = copy.deepcopy(swap(net))
+    x = image(1, 3, 20, 20)
+    with torch.no_grad():
+        y = fast(x)
+        block = fast[3]
+        block.forward = lambda x: type(block).forward(block, x) * 2
+        assert not torch.equal(fast(x), y)
+        del block.forward
+        fast[5][0].stride = (2, 2)
+        after = fast(x)
+    assert len(calls) == 2
+    assert not torch.equal(after, y)
+    assert torch.equal(after, one_by_one(fast, x))
+
+
 def test_explain_tells(net):
     assert "the model: 14 of them in one call each" in str(explain(swap(net)))
 

@@ -73,11 +73,12 @@ MNET_INLINE int64_t steps_of(const ConvCall& call) {
   return (call.taps + Step<Elem>::kTaps - 1) / Step<Elem>::kTaps;
 }
 
-// P pixels, `Vectors` vectors of a panel from `weight`'s column on.
+// P pixels, `Vectors` vectors of a panel from `weight`'s column on. What lies `ahead` bytes beyond
+// each step's weights is wanted soon.
 template <typename Elem, int P, int Vectors>
 static void conv_tile(const ConvCall& call, const Patch<Elem>* patches, int64_t patch_stride,
-                      const char* weight, int64_t channel, Elem* y, int lanes_in_last,
-                      Clamp<float> clamp) {
+                      const char* weight, int64_t ahead, int64_t channel, Elem* y,
+                      int lanes_in_last, Clamp<float> clamp) {
   constexpr int V = kWidth<float>, kTaps = Step<Elem>::kTaps;
   Vector<float> sum[P][Vectors] = {};
   // Long sums are taken in pieces, which are then added up: rounding errors grow with the square
@@ -93,6 +94,7 @@ static void conv_tile(const ConvCall& call, const Patch<Elem>* patches, int64_t 
         return Step<Elem>(weight + (k * kPanel + v * V) * kStepBytes);
       };
       const Step<Elem> w[2] = {weights(0), weights(Vectors - 1)};
+      __builtin_prefetch(weight + k * kPanel * kStepBytes + ahead, 0, 2);
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
         const auto in = Step<Elem>::take(patches + p * patch_stride + k * kTaps);
@@ -144,8 +146,8 @@ static void conv_tile(const ConvCall& call, const Patch<Elem>* patches, int64_t 
 }
 
 template <typename Elem>
-using ConvTile = void (*)(const ConvCall&, const Patch<Elem>*, int64_t, const char*, int64_t, Elem*,
-                          int, Clamp<float>);
+using ConvTile = void (*)(const ConvCall&, const Patch<Elem>*, int64_t, const char*, int64_t,
+                          int64_t, Elem*, int, Clamp<float>);
 // By vectors - 1 and pixels - 1; a narrow register file has the first six only.
 #if MNET_REGISTERS >= 32
 #define MNET_TILES(V)                                                                             \
@@ -175,6 +177,27 @@ MNET_INLINE void copy_values(To* to, const From* from, int64_t n) {
   }
 }
 
+// A short run of values: two copies that overlap, of half the next power of two.
+template <typename T>
+MNET_INLINE void copy_run(T* to, const T* from, int64_t n) {
+  const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+  auto* out = reinterpret_cast<char*>(to);
+  const auto* in = reinterpret_cast<const char*>(from);
+  auto twice = [&](auto half) __attribute__((always_inline)) {
+    constexpr int kHalf = decltype(half)::value;
+    char first[kHalf], last[kHalf];
+    __builtin_memcpy(first, in, kHalf);
+    __builtin_memcpy(last, in + bytes - kHalf, kHalf);
+    __builtin_memcpy(out, first, kHalf);
+    __builtin_memcpy(out + bytes - kHalf, last, kHalf);
+  };
+  if (bytes > 64) return copy_values(to, from, n);
+  if (bytes > 32) return twice(Constant<32>{});
+  if (bytes > 16) return twice(Constant<16>{});
+  if (bytes > 8) return twice(Constant<8>{});
+  copy_values(to, from, n);
+}
+
 // The patches of pixels [begin, begin + count), one row each, `stride` values apart.
 template <typename Elem>
 static void gather_patches(const ConvCall& call, int64_t begin, int64_t count, Patch<Elem>* to,
@@ -184,10 +207,20 @@ static void gather_patches(const ConvCall& call, int64_t begin, int64_t count, P
   int64_t ow = begin % call.OW, oh = begin / call.OW % call.OH, n = begin / call.OW / call.OH;
   for (int64_t p = 0; p < count; ++p, to += stride) {
     const Elem* image = static_cast<const Elem*>(call.x) + n * call.H * call.W * call.C;
-    const int64_t iw = ow * call.SW - call.left;
+    const int64_t iw = ow * call.SW - call.left, top = oh * call.SH - call.top;
     Patch<Elem>* out = to;
-    for (int64_t kh = 0; kh < call.KH; ++kh) {
-      const int64_t ih = oh * call.SH - call.top + kh * call.DH;
+    const bool whole = sizeof(Elem) == sizeof(Patch<Elem>) && call.DW == 1 && top >= 0 &&
+                       top + (call.KH - 1) * call.DH < call.H && iw >= 0 && iw + call.KW <= call.W;
+    if constexpr (sizeof(Elem) == sizeof(Patch<Elem>)) {
+      const int64_t run = call.KW * call.C;
+      for (int64_t kh = 0; whole && kh < call.KH; ++kh, out += run)
+        copy_run(out,
+                 reinterpret_cast<const Patch<Elem>*>(image) +
+                     ((top + kh * call.DH) * call.W + iw) * call.C,
+                 run);
+    }
+    for (int64_t kh = 0; !whole && kh < call.KH; ++kh) {
+      const int64_t ih = top + kh * call.DH;
       for (int64_t kw = 0; kw < call.KW; kw += step, out += step * call.C) {
         const int64_t at = iw + kw * call.DW;
         const int64_t skip = at < 0 ? (-at < step ? -at : step) : 0;
@@ -262,8 +295,9 @@ static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scr
             prefetch(image + (count + from) * call.C,
                      (to - from) * call.C * static_cast<int64_t>(sizeof(Elem)));
           kConvTiles<Elem>[vectors - 1][to - from - 1](
-              call, patches + from* stride, stride, weight + column* kStepBytes, channel,
-              static_cast<Elem*>(call.y) + (first + from)* call.K + channel, last, clamp);
+              call, patches + from* stride, stride, weight + column* kStepBytes,
+              tile < 2 ? panel_bytes + tile * 64 : 0, channel,
+              static_cast<Elem*>(call.y) + (first + from) * call.K + channel, last, clamp);
         }
       }
     }

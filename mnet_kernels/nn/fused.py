@@ -272,6 +272,19 @@ class FusedConv2d(nn.Conv2d):
             self.__dict__["_kept"] = kept
         return kept[2]
 
+    def refresh(self) -> None:
+        """Bring the constants of the latest call up to date, for a graph that reads them."""
+        kept = self.__dict__.get("_kept")
+        if kept is not None:
+            form, dtype, _ = kept[0]
+            like = torch.empty(0, dtype=dtype, device=self.weight.device)
+            self._constants(like, self.weight, form)
+
+    def kept_constants(self) -> _Constants | tuple[()]:
+        """What :meth:`_constants` keeps for the next call."""
+        kept = self.__dict__.get("_kept")
+        return () if kept is None else kept[2]
+
     def padding_edges(self) -> _Edges:
         """The convolution's own padding and ``fusion.pad`` together."""
         if isinstance(self.padding, str):  # torch's "same" and "valid", worked out by Conv2d
