@@ -280,7 +280,7 @@ class FusedConv2d(nn.Conv2d):
             like = torch.empty(0, dtype=dtype, device=self.weight.device)
             self._constants(like, self.weight, form)
 
-    def kept_constants(self) -> _Constants | tuple[()]:
+    def kept_constants(self) -> Constants | tuple[()]:
         """What :meth:`_constants` keeps for the next call."""
         kept = self.__dict__.get("_kept")
         return () if kept is None else kept[2]
