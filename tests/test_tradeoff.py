@@ -17,8 +17,17 @@ from mnet_kernels.tradeoff import Settings
 TINY = Settings(alphas=(0.5, 0.25), sizes=(64, 32), batch=3, others=False, rounds=2, memory=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads of a machine that has other things to do wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def result():
+def result(one_thread):
     return trading.tradeoff(TINY)
 
 
@@ -157,10 +166,8 @@ def test_the_plot(result, kind, begin):
 def test_the_command_says_how_long_and_writes_everything(tmp_path, capsys):
     files = {kind: tmp_path / f"t.{kind}" for kind in ("json", "csv", "markdown", "html")}
     options = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
-    before = torch.get_num_threads()
     line = ["tradeoff", "--alpha", "0.25", "--size", "32", "--batch", "2", "--no-others"]
     assert cli.main([*line, "--rounds", "1", "--threads", "1", *options]) == 0
-    torch.set_num_threads(before)
     text = capsys.readouterr().out
     assert "Measures 1 network, native and swapped: about" in text
     assert "0.25-32" in text
