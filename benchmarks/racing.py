@@ -20,6 +20,9 @@ from torch.nn.modules.conv import _ConvNd
 from mnet_kernels.compare import tolerance
 from mnet_kernels.timing import Spread, interleave, ratio, verdict
 
+#: Rounding a folded weight to bfloat16 costs accuracy, which is no reason to leave a peer out: its
+#: error is in the row.
+ROOM_FOR_PEERS = 4
 Call = Callable[[], Any]
 Row = dict[str, Any]
 
@@ -62,7 +65,7 @@ def race(
             count = max(2, -(-2 * last_level_cache() // case.x.nbytes))
             inputs += [torch.randn_like(case.x) for _ in range(count - 1)]
         depth = sum(isinstance(m, (_ConvNd, nn.Linear)) for m in case.model.modules())
-        allowed = tolerance(error_of(case.model(case.x), exact), depth, dtype)
+        strict = tolerance(error_of(case.model(case.x), exact), depth, dtype)
         errors: dict[str, float] = {}
         calls: dict[str, Call] = {}
         for name, how in [*ours.items(), *ready.items()]:
@@ -74,6 +77,7 @@ def race(
                     raise
                 missing[name] = _one_line(failure)
                 continue
+            allowed = strict if name in ours else ROOM_FOR_PEERS * strict
             if error > allowed:
                 words = f"wrong: off by {error:.1e}, allowed is {allowed:.1e}"
                 assert name not in ours, f"{name} is {words}"
