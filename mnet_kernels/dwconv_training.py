@@ -7,6 +7,7 @@ and the activation's mask are computed again. What the operator means: reference
 
 from __future__ import annotations
 
+import functools
 import math
 from importlib import import_module
 
@@ -70,11 +71,18 @@ def dwconv_bn_act_training(
     if torch.compiler.is_compiling():
         stride, padding, dilation = map(ops._static, (stride, padding, dilation))
     chosen = _select(backend, x)
-    _check_statistics(x, weight, running_mean, running_var, momentum)
     constants = (stride, padding, dilation, activation, slope)
+    try:
+        _check_statistics(x, weight, running_mean, running_var, momentum)
+    except RuntimeError:  # x and weight come first
+        _check(_OP, x, weight, None, None, stride, padding, dilation, 0, activation, slope)
+        raise
     if chosen == "native":
         return _native(x, weight, gamma, beta, running_mean, running_var, momentum, eps, *constants)
-    operator = _triton() if chosen == "triton" else _training
+    if chosen == "triton":
+        operator = _triton()
+    else:
+        operator = _training if torch.compiler.is_compiling() else _eager(x, weight, gamma, beta)
     y, mean, var = operator(x, weight, gamma, beta, *constants, eps)
     if running_mean is not None and running_var is not None and (count := values(y)):
         with torch.no_grad():
@@ -106,6 +114,11 @@ def _select(backend: str | None, x: Tensor) -> str:
 
 @torch.compiler.assume_constant_result
 def _implemented(key: str) -> bool:
+    return _has_kernel(key)
+
+
+@functools.cache
+def _has_kernel(key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"mnet_kernels::{_OP}", key)
 
 
@@ -199,6 +212,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dy, dmean, dvar):
+    if dy is None:
+        return (None,) * 10
     wanted = ctx.needs_input_grad[:4]
     saved = ctx.saved_tensors  # asked for once: gradient checkpointing gives them once
     if torch.is_grad_enabled():  # gradients of gradients are asked for
@@ -228,6 +243,34 @@ def differentiable_gradients(dy, tensors, constants, wanted) -> list[Tensor | No
 
 
 torch.library.register_autograd(f"mnet_kernels::{_OP}", _backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without the dispatcher's detour through Python, which costs as much as a small
+    layer."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.set_materialize_grads(False)  # of mean and var
+        output = _training(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def _eager(*tensors: Tensor | None):
+    """How an eager call runs: as _Eager, unless there is more to do than to record gradients."""
+    x = tensors[0]
+    plain = (
+        type(x) is Tensor
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch._C._are_functorch_transforms_active()
+    )
+    if plain and any(t is not None and t.requires_grad for t in tensors):
+        return _Eager.apply
+    return _training
 
 
 # ---- autocast, vmap ----

@@ -248,9 +248,8 @@ def _dwconv_bn_act_backward_fake(dy, x, weight, scale, shift, *constants_and_wan
         x.new_empty(x.shape).to(memory_format=registration.layout_of(x)) if data else x.new_empty(0)
     )
     dweight = x.new_empty(weight.shape if sums else 0)
-    dscale, dshift = (
-        x.new_empty(weight.shape[0] if sums else 0, dtype=torch.float32) for _ in range(2)
-    )
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dscale, dshift = (x.new_empty(weight.shape[0] if sums else 0, dtype=wide) for _ in range(2))
     return dx, dweight, dscale, dshift
 
 
@@ -305,7 +304,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _has_fused_backward(x: Tensor) -> bool:
-    return x.is_cuda
+    return x.is_cuda or x.is_cpu
 
 
 def _backward(ctx, dy):
