@@ -215,14 +215,15 @@ def _backward(ctx, dy, dmean, dvar):
     if dy is None:
         return (None,) * 10
     wanted = ctx.needs_input_grad[:4]
+    saved = ctx.saved_tensors  # asked for once: gradient checkpointing gives them once
     if torch.is_grad_enabled():  # gradients of gradients are asked for
-        gradients = differentiable_gradients(dy, ctx.saved_tensors[:4], ctx.constants, wanted)
+        gradients = differentiable_gradients(dy, saved[:4], ctx.constants, wanted)
     else:
         needs_x, *needs_others = wanted
         dx, dweight, *sums = _training_backward(
-            dy, *ctx.saved_tensors, *ctx.constants, needs_x, any(needs_others)
+            dy, *saved, *ctx.constants, needs_x, any(needs_others)
         )
-        gradients = [dx, registration.laid_out_as(dweight, ctx.saved_tensors[1]), *sums]
+        gradients = [dx, registration.laid_out_as(dweight, saved[1]), *sums]
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 6
 
 

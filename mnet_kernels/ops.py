@@ -297,20 +297,20 @@ def _has_fused_backward(x: Tensor) -> bool:
 
 def _backward(ctx, dy):
     needs_x, *needs_others = ctx.needs_input_grad[:4]
+    saved = ctx.saved_tensors  # asked for once: gradient checkpointing gives them once
     # The fused operator has no derivative of its own: where one is asked for (create_graph), what
     # follows is recorded, and plain PyTorch has derivatives of any order.
-    if _has_fused_backward(ctx.saved_tensors[0]) and not torch.is_grad_enabled():
+    if _has_fused_backward(saved[0]) and not torch.is_grad_enabled():
         dx, dweight, *sums = _dwconv_bn_act_backward(
-            dy, *ctx.saved_tensors, *ctx.constants, needs_x, any(needs_others)
+            dy, *saved, *ctx.constants, needs_x, any(needs_others)
         )
-        gradients = dx, registration.laid_out_as(dweight, ctx.saved_tensors[1]), *sums
+        gradients = dx, registration.laid_out_as(dweight, saved[1]), *sums
         wanted = zip(gradients, ctx.needs_input_grad[:4], strict=True)
         return *(g if needed else None for g, needed in wanted), *(None,) * 5
-    return _native_backward(ctx, dy)
+    return _native_backward(ctx, dy, *saved)
 
 
-def _native_backward(ctx, dy):
-    x, weight, scale, shift = ctx.saved_tensors
+def _native_backward(ctx, dy, x, weight, scale, shift):
     stride, padding, dilation, activation, slope = ctx.constants
     stride, dilation = list(_pair(stride)), list(_pair(dilation))
     top, left, bottom, right = _explicit_padding(x, weight, stride, padding, dilation)

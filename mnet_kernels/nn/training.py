@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from mnet_kernels.nn.fused import FusedConv2d, Fusion
 
 
+#: Of a map, from which on :func:`norm_alone` is faster than PyTorch's passes, which the caches hold
+#: for smaller ones.
+_PIXELS = 14 * 14
+
+
 def depthwise(conv: FusedConv2d, x: Tensor, weight: Tensor) -> Tensor | None:
     """``act(norm(conv(pad(x))))`` in one operator, the norm's state updated as the norm does it;
     None where that is left to the modules.
@@ -38,9 +43,10 @@ def depthwise(conv: FusedConv2d, x: Tensor, weight: Tensor) -> Tensor | None:
 
 def norm_alone(fusion: Fusion, y: Tensor) -> Tensor | None:
     """``act(norm(y))`` of another convolution's result in one operator, whose kernels are 1x1 and
-    1; None where that is left to the modules: kernels for it are those of channels_last."""
+    1; None where that is left to the modules, for the speed of it: in other layouts and for small
+    maps."""
     fast = y.dtype != torch.float64 and y.is_contiguous(memory_format=torch.channels_last)
-    if not (y.is_cpu and fast) or y.numel() <= y.shape[1]:
+    if not (y.is_cpu and fast) or y.shape[2] * y.shape[3] < _PIXELS or y.numel() == 0:
         return None
     return _normalised(fusion, y, y.new_ones((y.shape[1], 1, 1, 1)), None)
 
