@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
       "dwconv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[2] stride, "
       "int[4] padding, int[2] dilation, str activation, float slope) -> Tensor");
   // (dx, dweight, dscale, dshift) for the gradient dy of the output; frozen statistics. data, sums:
-  // whether to compute dx, and the other three; those that are not are empty. CUDA only.
+  // whether to compute dx, and the other three; those that are not are empty.
   m.def(
       "dwconv_bn_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, "
       "int[2] stride, int[4] padding, int[2] dilation, str activation, float slope, bool data, "

@@ -66,13 +66,15 @@ Tensor dwconv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> scale,
   Tensor y = empty_4d(x, p.N, p.K, p.OH, p.OW, layout);
   if (p.N == 0) return y;
 
+  const bool one_pixel = is_one_pixel(input) && is_one_pixel(y) && is_channels_last(input);
+  const Layout order = one_pixel ? Layout::channels_last : layout;
   DwconvCall call = dwconv_call(p);
   call.x = input.const_data_ptr();
   call.y = y.mutable_data_ptr();
   if (p.dtype == DType::float64)
-    run<double>(call, p, weight, scale, shift, layout);
+    run<double>(call, p, weight, scale, shift, order);
   else
-    run<float>(call, p, weight, scale, shift, layout);
+    run<float>(call, p, weight, scale, shift, order);
   return y;
 }
 

@@ -1,6 +1,6 @@
-// dwconv_bn_act_training and the gradients of both depthwise operators on the CPU: cut the call into
-// blocks of pixels, hand these to the kernels, add up what comes back in the blocks' order. Blocks
-// depend on the shapes alone: so does every sum, whatever the number of threads.
+// dwconv_bn_act_training and the gradients of both depthwise operators on the CPU: cut the call
+// into blocks of pixels, hand these to the kernels, add up what comes back in the blocks' order.
+// Blocks depend on the shapes alone: so does every sum, whatever the number of threads.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -42,19 +42,19 @@ Acc* values(Tensor& t) {
 template <typename Acc>
 struct Training {
   const Problem& p;
-  const Kernels& kernels;
   DwconvTrainingCall call{};
   bool fast;
+  const Kernels& kernels;
   std::vector<Acc> weight_memory;
 
   Training(const Problem& problem, const Tensor& x, const Tensor& weight, Layout layout)
       : p(problem),
-        kernels(layout == Layout::contiguous ? active_kernels() : narrowed_kernels(p.K)) {
-    static_cast<DwconvCall&>(call) = dwconv_call(p);
+        call{dwconv_call(p)},
+        fast(dwconv_training_is_fast(call, narrowed_kernels(p.K).width)),
+        kernels(fast ? narrowed_kernels(p.K) : active_kernels()) {
     call.channels_last = layout == Layout::channels_last;
     call.x = x.const_data_ptr();
     call.weight = by_tap<Acc>(p, weight, false, weight_memory);
-    fast = dwconv_training_is_fast(call, kernels.width);
   }
 
   int64_t blocks() const { return (p.N + call.images - 1) / call.images * call.bands; }
@@ -141,6 +141,11 @@ void write_dweight(const Problem& p, const std::vector<double>& sums, void* to) 
     }
 }
 
+// x's layout as the kernels take it.
+Layout layout_for(const Tensor& x) {
+  return is_one_pixel(x) && is_channels_last(x) ? Layout::channels_last : layout_of(x);
+}
+
 // What both gradients have in common. mean and var: of the batch, or none for frozen statistics.
 struct Backward {
   const Tensor &dy, &x, &weight;
@@ -150,8 +155,9 @@ struct Backward {
 };
 
 template <typename Acc>
-void backward(const Problem& p, const Backward& in, Layout layout, Tensor& dx, Tensor& dweight,
-              Tensor& dscale, Tensor& dshift) {
+void backward(const Problem& p, const Backward& in, Tensor& dx, Tensor& dweight, Tensor& dscale,
+              Tensor& dshift) {
+  const Layout layout = layout_for(in.x);
   const Tensor x = dense(in.x, layout), dy = dense(in.dy, layout);
   Training<Acc> training(p, x, in.weight, layout);
   const auto K = static_cast<std::size_t>(p.K);
@@ -202,9 +208,9 @@ Gradients gradients(const Problem& p, const Backward& in) {
     for (Tensor* t : {&dweight, &dscale, &dshift})
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(t->get()));
   } else if (p.dtype == DType::float64) {
-    backward<double>(p, in, layout, dx, dweight, dscale, dshift);
+    backward<double>(p, in, dx, dweight, dscale, dshift);
   } else {
-    backward<float>(p, in, layout, dx, dweight, dscale, dshift);
+    backward<float>(p, in, dx, dweight, dscale, dshift);
   }
   return {dx, dweight, dscale, dshift};
 }
@@ -216,7 +222,7 @@ Tensor forward(const Problem& p, const Tensor& x, const Tensor& weight, const Op
   const auto K = static_cast<std::size_t>(p.K);
   std::vector<double> exact_mean(K), exact_var(K);
   if (p.N > 0) {
-    const Layout layout = layout_of(x);
+    const Layout layout = layout_for(x);
     const Tensor input = dense(x, layout);
     Training<Acc> training(p, input, weight, layout);
     statistics(training, exact_mean, exact_var);

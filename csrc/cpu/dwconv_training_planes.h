@@ -45,8 +45,8 @@ struct PlaneScratch {
 
   PlaneScratch(const DwconvTrainingCall& call, int64_t accumulator, int64_t element)
       : staging(staging_of(call, kWidth<float>)), taps(call.KH * call.KW) {
-    const int64_t reach = (call.KH - 1) * call.DH / call.SH * staging.pitch +
-                          (call.KW - 1) * call.DW / call.SW;
+    const int64_t reach =
+        (call.KH - 1) * call.DH / call.SH * staging.pitch + (call.KW - 1) * call.DW / call.SW;
     lead = (reach + 15) / 16 * 16;
     // Before the gradient as far as taps reach back, behind it as far as dx's run goes.
     d = lead + staging.phase + staging.slack;
@@ -75,7 +75,9 @@ struct TrainingPlane {
   int64_t n = 0, k = 0;
 
   TrainingPlane(const DwconvTrainingCall& c, void* scratch)
-      : call(as_one_block(c)), size(call, sizeof(Acc), sizeof(Elem)), s(size.staging),
+      : call(as_one_block(c)),
+        size(call, sizeof(Acc), sizeof(Elem)),
+        s(size.staging),
         identity(call) {
     identity.activation = Activation::identity;
     taps = static_cast<const Acc**>(scratch);
@@ -121,6 +123,17 @@ struct TrainingPlane {
     return plane;
   }
 
+  // x's plane, without what no output reads: an Inf there must not meet the zeros between rows.
+  const Elem* read_plane(int64_t c) {
+    const Elem* from = plane_of(call.x, call.C, c, call.H * call.W);
+    const int64_t rows = (call.OH - 1) * call.SH + (call.KH - 1) * call.DH + 1 - call.top;
+    const int64_t columns = (call.OW - 1) * call.SW + (call.KW - 1) * call.DW + 1 - call.left;
+    if (rows >= call.H && columns >= call.W) return from;
+    for (int64_t i = 0; i < call.H * call.W; ++i)
+      plane[i] = i / call.W < rows && i % call.W < columns ? from[i] : Elem{};
+    return plane;
+  }
+
   void convolve(int64_t m) {
     const int64_t flat = (call.OH - 1) * s.pitch + call.OW;
     flat_sum(identity, taps, weights + m * size.taps, size.taps, flat, conv);
@@ -144,7 +157,7 @@ struct TrainingPlane {
             static_cast<const Acc*>(call.weight)[t * call.K + c * call.multiplier + m];
     const int64_t begin = block * call.images;
     for (n = begin; n < begin + call.images && n < call.N; ++n) {
-      stage(call, s, plane_of(call.x, call.C, c, call.H * call.W), 0, call.OH, staged);
+      stage(call, s, read_plane(c), 0, call.OH, staged);
       for (int64_t m = 0; m < call.multiplier; ++m) {
         k = c * call.multiplier + m;
         convolve(m);
@@ -157,8 +170,8 @@ struct TrainingPlane {
     for (int64_t m = 0; m < call.multiplier; ++m)
       for (int64_t value = 0; value < values; ++value) {
         Acc& sum = from[m * values + value];
-        static_cast<Acc*>(call.partials)[(block * values + value) * call.K + c * call.multiplier +
-                                         m] = sum;
+        static_cast<Acc*>(
+            call.partials)[(block * values + value) * call.K + c * call.multiplier + m] = sum;
         sum = 0;
       }
   }

@@ -223,6 +223,37 @@ MNET_INLINE Vector<T> even_lanes(Vector<T> low, Vector<T> high) {
 #endif
 }
 
+// lane j of row i for lane i of row j.
+MNET_INLINE void transpose(Vector<float>* rows) {
+  constexpr int V = kWidth<float>;
+  typedef std::int32_t Lanes __attribute__((vector_size(MNET_VECTOR_BYTES)));
+  Lanes low, high;  // of two vectors, alternately
+#pragma GCC unroll 16
+  for (int i = 0; i < V; ++i) low[i] = i / 2 + i % 2 * V, high[i] = i / 2 + i % 2 * V + V / 2;
+#pragma GCC unroll 4
+  for (int step = 1; step < V; step *= 2) {
+    Vector<float> mixed[V];
+#pragma GCC unroll 8
+    for (int i = 0; i < V / 2; ++i) {
+      const Vector<float> a = rows[i], b = rows[i + V / 2];
+#if defined(MNET_AVX512)
+      mixed[2 * i] = (Vector<float>)_mm512_permutex2var_ps((__m512)a, (__m512i)low, (__m512)b);
+      mixed[2 * i + 1] = (Vector<float>)_mm512_permutex2var_ps((__m512)a, (__m512i)high, (__m512)b);
+#elif defined(__clang__)
+      for (int j = 0; j < V / 2; ++j) {
+        mixed[2 * i][2 * j] = a[j], mixed[2 * i][2 * j + 1] = b[j];
+        mixed[2 * i + 1][2 * j] = a[j + V / 2], mixed[2 * i + 1][2 * j + 1] = b[j + V / 2];
+      }
+#else
+      mixed[2 * i] = __builtin_shuffle(a, b, low);
+      mixed[2 * i + 1] = __builtin_shuffle(a, b, high);
+#endif
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) rows[i] = mixed[i];
+  }
+}
+
 // ---- activation ---------------------------------------------------------------------------------
 // NaN passes through: the comparisons keep x where they are false.
 template <typename T>

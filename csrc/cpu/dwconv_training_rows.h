@@ -1,76 +1,20 @@
-// Training of depthwise K x K, stride 1 or 2, channels_last: statistics of the convolution, and its
-// gradients, by computing it again.
+// Training of depthwise K x K, stride 1 or 2: statistics of the convolution, and its gradients, by
+// computing it again. Vectors run over channels, whatever the layout.
 //
-// A thread works down a block of rows with all of a chunk's channels. Input rows, and rows of the
-// convolution's gradient, are staged in scratch as floats with zeros around them, a ring of K rows
-// each: no tile of columns has a border, and dx and dweight take their operands from the second-level
-// cache. Included once per instruction set (see instruction_set.inc).
-
-// z <= low or z >= high cuts the gradient off; NaN where there is no such bound.
-struct Bounds {
-  float low, high;
-  bool exact;  // there is nothing else to the derivative
-};
-MNET_INLINE Bounds bounds_of(Activation activation) {
-  constexpr float nan = __builtin_nanf("");
-  switch (activation) {
-    case Activation::identity: return {nan, nan, true};
-    case Activation::relu: return {0, nan, true};
-    case Activation::relu6: return {0, 6, true};
-    default: return {nan, nan, false};
-  }
-}
-template <typename T>
-MNET_INLINE Vector<T> activate_backward(Bounds bounds, Vector<T> z, Vector<T> dy) {
-#if defined(MNET_AVX512)
-  if constexpr (sizeof(T) == 4) {
-    const __mmask16 above =
-        _mm512_cmp_ps_mask((__m512)z, _mm512_set1_ps(bounds.low), _CMP_NLE_UQ);
-    const __mmask16 inside =
-        _mm512_mask_cmp_ps_mask(above, (__m512)z, _mm512_set1_ps(bounds.high), _CMP_NGE_UQ);
-    return (Vector<T>)_mm512_maskz_mov_ps(inside, (__m512)dy);
-  }
-#endif
-  const Vector<T> kept = z <= T(bounds.low) ? Vector<T>{} : dy;
-  return z >= T(bounds.high) ? Vector<T>{} : kept;
-}
-// The other activations, dy in place; csrc/activation_backward.h says the same for one number.
-template <typename T>
-static __attribute__((noinline)) void activate_backward_tile(const DwconvCall& call,
-                                                             const Vector<T>* z, Vector<T>* dy,
-                                                             int count) {
-  const T slope = static_cast<T>(call.slope);
-  for (int i = 0; i < count; ++i) {
-    const Vector<T> x = z[i], g = dy[i];
-    switch (call.activation) {
-      case Activation::leaky_relu: dy[i] = x > T(0) ? g : g * slope; break;
-      case Activation::hardswish: {
-        const Vector<T> inner = x < T(3) ? g * (x * T(1.0 / 3) + T(0.5)) : g;
-        dy[i] = x <= T(-3) ? Vector<T>{} : inner;
-        break;
-      }
-      case Activation::silu: {
-        const Vector<T> gate = T(1) / (T(1) + exponential(-x));
-        dy[i] = g * gate * (T(1) + x * (T(1) - gate));
-        break;
-      }
-      case Activation::hardsigmoid: {
-        const Vector<T> upper = x < T(3) ? g / T(6) : Vector<T>{};
-        dy[i] = x > T(-3) ? upper : Vector<T>{};
-        break;
-      }
-      default: break;
-    }
-  }
-}
+// A thread works down a block of rows with all of a chunk's channels. What comes from memory, and
+// the convolution's gradient, is staged in scratch, as floats, channel by channel, with zeros
+// around it: rings of K rows for x and for the gradient, one row for dy and dx. So memory is read
+// and written row after row, no tile of columns has a border, and all operands come from the
+// second-level cache. Included once per instruction set (see instruction_set.inc).
 
 // Scratch of a thread, in floats. A pixel takes an odd number of cache lines, so that pixels one
 // below the other do not share a cache set.
 struct TrainingScratch {
   static constexpr int kOverhang = 7;  // columns that the last tile of a row may reach past it
-  int64_t pitch;                        // a pixel
-  int64_t x_columns, d_columns;         // a row of x, of the gradient of the convolution
-  int64_t vectors;                      // per-channel vectors
+  int64_t pitch;                       // a pixel
+  int64_t x_columns, d_columns;        // a row of x, of the gradient of the convolution
+  int64_t dy_columns, dx_columns;
+  int64_t vectors;  // per-channel vectors
   int64_t floats;
 
   TrainingScratch(const DwconvTrainingCall& call, int64_t channels)
@@ -82,13 +26,15 @@ struct TrainingScratch {
         vectors(2 * call.KH * call.KW + 5 + 5) {
     x_columns += call.SW * kOverhang + call.KW;
     d_columns += kOverhang + 2 * call.KW;
+    dy_columns = call.OW + kOverhang, dx_columns = call.W + call.SW * kOverhang + 1;
     const int64_t wider = x_columns > d_columns ? x_columns : d_columns;
-    floats = pitch * (vectors + wider + call.KH * (x_columns + d_columns));
+    floats =
+        pitch * (vectors + wider + dy_columns + dx_columns + call.KH * (x_columns + d_columns));
   }
 };
 
 template <typename Elem, int K, int S>
-struct TrainingBand {
+struct TrainingRows {
   static constexpr int V = kWidth<float>;
   using Vec = Vector<float>;
   static constexpr int kWide = kRegisters >= 32 ? 7 : 4, kNarrow = kRegisters >= 32 ? 4 : 2;
@@ -98,13 +44,13 @@ struct TrainingBand {
   const int64_t c_begin, channels;
   int64_t pitch;
   float *weight, *scale, *shift, *mean, *linear, *constant;
-  float *pivot, *first, *second;          // of the block
+  float *pivot, *first, *second;  // of the block
   float* dweight;
-  float *zeros, *x_rows, *d_rows;
+  float *zeros, *dy_row, *dx_line, *x_rows, *d_rows;
   int64_t n = 0, staged = 0;  // x's rows [.., staged) of image n have been staged
   int64_t reach_h, reach_w;   // input rows and columns that an output reads
 
-  TrainingBand(const DwconvTrainingCall& c, int64_t begin, int64_t end, bool d, void* scratch)
+  TrainingRows(const DwconvTrainingCall& c, int64_t begin, int64_t end, bool d, void* scratch)
       : call(c), size(c, end - begin), c_begin(begin), channels(end - begin), pitch(size.pitch) {
     auto* next = static_cast<float*>(scratch);
     // The rows of d come last.
@@ -132,6 +78,8 @@ struct TrainingBand {
     pivot = take(1), first = take(1), second = take(1);
     dweight = take(K * K);
     zeros = take(size.x_columns > size.d_columns ? size.x_columns : size.d_columns);
+    dy_row = take(size.dy_columns);
+    dx_line = take(size.dx_columns);
     x_rows = take(K * size.x_columns);
     d_rows = take(K * size.d_columns);
     reach_h = (call.OH - 1) * S + K - call.top, reach_w = (call.OW - 1) * S + K - call.left;
@@ -139,9 +87,70 @@ struct TrainingBand {
     reach_w = reach_w < call.W ? reach_w : call.W;
   }
 
-  int lanes(int64_t v) const { return static_cast<int>(channels - v < V ? channels - v : V); }
+  // ---- rows in and out -------------------------------------------------------------------------
+  // The first `count` pixels of row `row` of a tensor of `rows` x `columns` pixels.
+  void load_row(const void* tensor, int64_t rows, int64_t columns, int64_t row, int64_t count,
+                float* to) const {
+    const auto* base = static_cast<const Elem*>(tensor);
+    if (!call.channels_last) return load_planes(base, rows, columns, row, count, to);
+    const Elem* from = base + (n * rows + row) * columns * call.K + c_begin;
+    for (int64_t i = 0; i < count; ++i, from += call.K, to += pitch) {
+      int64_t v = 0;
+      for (; v + V <= channels; v += V) store(to + v, load(from + v));
+      if (v < channels) store(to + v, load_first(from + v, static_cast<int>(channels - v)));
+    }
+  }
 
-  // ---- x -------------------------------------------------------------------------------------
+  void load_planes(const Elem* base, int64_t rows, int64_t columns, int64_t row, int64_t count,
+                   float* to) const {
+    const int64_t plane = rows * columns;
+    for (int64_t v = 0; v < channels; v += V) {
+      const Elem* from = base + (n * call.K + c_begin + v) * plane + row * columns;
+      const int64_t planes = channels - v < V ? channels - v : V;
+      for (int64_t i = 0; i < count; i += V) {
+        const int part = static_cast<int>(count - i < V ? count - i : V);
+        Vec block[V] = {};
+        for (int64_t c = 0; c < planes; ++c)
+          block[c] =
+              part == V ? load(from + c * plane + i) : load_first(from + c * plane + i, part);
+        transpose(block);
+        for (int j = 0; j < part; ++j) store(to + (i + j) * pitch + v, block[j]);
+      }
+    }
+  }
+
+  // dx's row ih.
+  void store_row(int64_t ih, const float* from) const {
+    auto* base = static_cast<Elem*>(call.dx);
+    if (!call.channels_last) return store_planes(base, ih, from);
+    Elem* to = base + (n * call.H + ih) * call.W * call.C + c_begin;
+    for (int64_t i = 0; i < call.W; ++i, to += call.C, from += pitch) {
+      int64_t v = 0;
+      for (; v + V <= channels; v += V) store(to + v, load(from + v));
+      if (v < channels) store_first(to + v, load(from + v), static_cast<int>(channels - v));
+    }
+  }
+
+  void store_planes(Elem* base, int64_t ih, const float* from) const {
+    const int64_t plane = call.H * call.W;
+    for (int64_t v = 0; v < channels; v += V) {
+      Elem* to = base + (n * call.K + c_begin + v) * plane + ih * call.W;
+      const int64_t planes = channels - v < V ? channels - v : V;
+      for (int64_t i = 0; i < call.W; i += V) {
+        const int part = static_cast<int>(call.W - i < V ? call.W - i : V);
+        Vec block[V];
+        for (int j = 0; j < V; ++j) block[j] = j < part ? load(from + (i + j) * pitch + v) : Vec{};
+        transpose(block);
+        for (int64_t c = 0; c < planes; ++c) {
+          if (part == V)
+            store(to + c * plane + i, block[c]);
+          else
+            store_first(to + c * plane + i, block[c], part);
+        }
+      }
+    }
+  }
+
   const float* x_row(int64_t ih) const {
     return ih >= 0 && ih < reach_h ? x_rows + ih % K * size.x_columns * pitch : zeros;
   }
@@ -149,16 +158,19 @@ struct TrainingBand {
   void stage(int64_t begin, int64_t end) {
     if (staged < begin) staged = begin;
     if (end > reach_h) end = reach_h;
-    for (; staged < end; ++staged) {
-      const auto* from = static_cast<const Elem*>(call.x) +
-                         (n * call.H + staged) * call.W * call.C + c_begin;
-      float* to = x_rows + (staged % K * size.x_columns + call.left) * pitch;
-      for (int64_t iw = 0; iw < reach_w; ++iw, from += call.C, to += pitch) {
-        int64_t v = 0;
-        for (; v + V <= channels; v += V) store(to + v, load(from + v));
-        if (v < channels) store(to + v, load_first(from + v, lanes(v)));
-      }
-    }
+    for (; staged < end; ++staged)
+      load_row(call.x, call.H, call.W, staged, reach_w,
+               x_rows + (staged % K * size.x_columns + call.left) * pitch);
+  }
+
+  // A slice of a later row, into the second-level cache, while there is something to compute.
+  void foresee(const void* tensor, int64_t pixel, int64_t pixels, int64_t v) const {
+    if (!call.prefetch || !call.channels_last) return;
+    constexpr auto kSize = static_cast<int64_t>(sizeof(Elem));
+    const int64_t end = v + V < channels ? v + V : channels;
+    const int64_t first = pixels * v / channels, last = pixels * end / channels;
+    prefetch(static_cast<const Elem*>(tensor) + (pixel + first) * call.K + c_begin,
+             (last - first) * call.K * kSize);
   }
 
   // ---- convolution ---------------------------------------------------------------------------
@@ -171,6 +183,7 @@ struct TrainingBand {
     const float* row[K];
     for (int kh = 0; kh < K; ++kh) row[kh] = x_row(ih + kh);
     for (int64_t v = 0; v < channels; v += V) {
+      foresee(call.x, (n * call.H + staged) * call.W, S * call.W, v);
       auto state = begin(v);
       for (int64_t ow = 0; ow < call.OW; ow += T) {
         Vec sum[T] = {};
@@ -211,6 +224,12 @@ struct TrainingBand {
   auto begin_sums() const {
     return [](int64_t) __attribute__((always_inline)) { return Pair{}; };
   }
+  auto begin_gradient(int64_t oh) const {
+    return [this, oh](int64_t v) __attribute__((always_inline)) {
+      foresee(call.dy, (n * call.OH + oh + 1) * call.OW, call.OW, v);
+      return Pair{};
+    };
+  }
   auto end_sums() const {
     return [this](const Pair& sums, int64_t v) __attribute__((always_inline)) {
       store(first + v, load(first + v) + sums.first);
@@ -226,8 +245,7 @@ struct TrainingBand {
           oh, begin_sums(),
           [&](Pair& sums, int64_t v, int64_t ow, Vec* conv, auto full)
               __attribute__((always_inline)) {
-                const int count =
-                    decltype(full)::value ? T : static_cast<int>(call.OW - ow);
+                const int count = decltype(full)::value ? T : static_cast<int>(call.OW - ow);
                 if (opens_block && ow == 0) {  // the mean of the first tile
                   Vec total = {};
 #pragma GCC unroll 16
@@ -249,24 +267,15 @@ struct TrainingBand {
   }
 
   // ---- gradients -------------------------------------------------------------------------------
-  struct Gradient {
-    Vec mean, scale, shift;
-  };
-
-  // dz of a tile, and its convolution less the mean; 0 past the row's end.
-  template <int T, int Full>
-  inline __attribute__((always_inline)) void gradient_tile(Bounds bounds, int64_t oh, int64_t v,
-                                                           int64_t ow, Vec* conv, Vec* dz) const {
-    const int count = Full ? T : static_cast<int>(call.OW - ow);
-    const auto* dy = static_cast<const Elem*>(call.dy) +
-                     ((n * call.OH + oh) * call.OW + ow) * call.K + c_begin + v;
-    const int part = lanes(v);
+  // dz of a tile (0 past the row's end), and its convolution less the mean.
+  template <int T>
+  inline __attribute__((always_inline)) void gradient_tile(Bounds bounds, int64_t v, int64_t ow,
+                                                           Vec* conv, Vec* dz) const {
     const Vec m = load(mean + v), factor = load(scale + v), offset = load(shift + v);
     Vec z[T];
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
-      dz[t] = Vec{};
-      if (t < count) dz[t] = part == V ? load(dy + t * call.K) : load_first(dy + t * call.K, part);
+      dz[t] = load(dy_row + (ow + t) * pitch + v);
       conv[t] -= m;
       z[t] = conv[t] * factor + offset;
     }
@@ -283,22 +292,24 @@ struct TrainingBand {
     }
   }
 
+  void stage_dy(int64_t oh) { load_row(call.dy, call.OH, call.OW, oh, call.OW, dy_row); }
+
   void sums_row(int64_t oh) {
     const Bounds bounds = bounds_of(call.activation);
+    stage_dy(oh);
     tiled(call.OW, [&](auto columns) __attribute__((always_inline)) {
       constexpr int T = decltype(columns)::value;
       convolve<T>(
-          oh, begin_sums(),
-          [&](Pair& sums, int64_t v, int64_t ow, Vec* conv, auto full)
-              __attribute__((always_inline)) {
-                Vec dz[T];
-                gradient_tile<T, decltype(full)::value>(bounds, oh, v, ow, conv, dz);
+          oh, begin_gradient(oh),
+          [&](Pair& sums, int64_t v, int64_t ow, Vec* conv, auto) __attribute__((always_inline)) {
+            Vec dz[T];
+            gradient_tile<T>(bounds, v, ow, conv, dz);
 #pragma GCC unroll 16
-                for (int t = 0; t < T; ++t) {
-                  sums.first += dz[t] * conv[t];
-                  sums.second += dz[t];
-                }
-              },
+            for (int t = 0; t < T; ++t) {
+              sums.first += dz[t] * conv[t];
+              sums.second += dz[t];
+            }
+          },
           end_sums());
     });
   }
@@ -306,23 +317,22 @@ struct TrainingBand {
   // The gradient of the convolution's row oh, into the ring.
   void d_row(int64_t oh) {
     const Bounds bounds = bounds_of(call.activation);
+    stage_dy(oh);
     float* to = d_rows + (oh % K * size.d_columns + K - 1) * pitch;
     tiled(call.OW, [&](auto columns) __attribute__((always_inline)) {
       constexpr int T = decltype(columns)::value;
       convolve<T>(
-          oh, [](int64_t) { return 0; },
-          [&](int, int64_t v, int64_t ow, Vec* conv, auto full) __attribute__((always_inline)) {
-            constexpr int Full = decltype(full)::value;
-            const int count = Full ? T : static_cast<int>(call.OW - ow);
+          oh, begin_gradient(oh),
+          [&](Pair&, int64_t v, int64_t ow, Vec* conv, auto full) __attribute__((always_inline)) {
+            const int count = decltype(full)::value ? T : static_cast<int>(call.OW - ow);
             Vec dz[T];
-            gradient_tile<T, Full>(bounds, oh, v, ow, conv, dz);
+            gradient_tile<T>(bounds, v, ow, conv, dz);
             const Vec factor = load(scale + v), b = load(linear + v), c = load(constant + v);
 #pragma GCC unroll 16
             for (int t = 0; t < T; ++t)
-              if (t < count)
-                store(to + (ow + t) * pitch + v, dz[t] * factor + (conv[t] * b + c));
+              if (t < count) store(to + (ow + t) * pitch + v, dz[t] * factor + (conv[t] * b + c));
           },
-          [](int, int64_t) {});
+          [](const Pair&, int64_t) {});
     });
   }
 
@@ -347,12 +357,9 @@ struct TrainingBand {
       row[kh] = scaled >= 0 && oh < call.OH ? d_rows + oh % K * size.d_columns * pitch : zeros;
     }
     const float* x = x_row(ih);
-    auto* dx = static_cast<Elem*>(call.dx);
-    if (dx != nullptr) dx += (n * call.H + ih) * call.W * call.C + c_begin;
-    const int64_t q_end = (call.W + call.left + S - 1) / S;
+    const int64_t q_begin = call.left / S, q_end = (call.W + call.left + S - 1) / S;
     for (int64_t v = 0; v < channels; v += V) {
-      const int part = lanes(v);
-      for (int64_t q = call.left / S; q < q_end; q += T) {
+      for (int64_t q = q_begin; q < q_end; q += T) {
         Vec sum[S][T] = {}, in[S][T];
 #pragma GCC unroll 2
         for (int r = 0; r < S; ++r)
@@ -378,28 +385,21 @@ struct TrainingBand {
             store(dweight + tap, added);
           }
         }
-        if (dx == nullptr) continue;
+        float* to = dx_line + (q - q_begin) * S * pitch + v;
 #pragma GCC unroll 2
         for (int r = 0; r < S; ++r)
 #pragma GCC unroll 16
-          for (int t = 0; t < T; ++t) {
-            const int64_t iw = (q + t) * S + r - call.left;
-            if (iw < 0 || iw >= call.W) continue;
-            Elem* to = dx + iw * call.C + v;
-            if (part == V)
-              store(to, sum[r][t]);
-            else
-              store_first(to, sum[r][t], part);
-          }
+          for (int t = 0; t < T; ++t) store(to + (t * S + r) * pitch, sum[r][t]);
       }
     }
+    if (call.dx != nullptr) store_row(ih, dx_line + call.left % S * pitch);
   }
 
-  // ---- blocks ------------------------------------------------------------------------------------
-  // row(i, opens) for every output row (or input row) of a block, image by image.
+  // ---- blocks
+  // ------------------------------------------------------------------------------------ row(i,
+  // opens) for every output row (or input row) of a block, image by image.
   template <typename Row>
-  inline __attribute__((always_inline)) void each_row(int64_t block, int64_t rows,
-                                                      const Row& row) {
+  inline __attribute__((always_inline)) void each_row(int64_t block, int64_t rows, const Row& row) {
     const int64_t band = block % call.bands, image = block / call.bands * call.images;
     const int64_t begin = rows * band / call.bands, end = rows * (band + 1) / call.bands;
     bool opens = true;
