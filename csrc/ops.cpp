@@ -46,6 +46,8 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
   // Float32 channels_last convolutions one after the other; mnet_kernels/sequences.py writes
   // `stages` (n, 16) int64 and `constants`, csrc/cpu/conv_sequence.cpp says what is in them.
   m.def("conv_sequence(Tensor x, Tensor stages, Tensor constants) -> Tensor");
+  // Which pairs of them it would fuse, and why.
+  m.def("conv_sequence_plan(Tensor x, Tensor stages, Tensor constants, int threads) -> int[]");
   // The checks alone, for backends that are not written in C++: x's output size and the explicit
   // padding, (OH, OW, top, left, bottom, right). groups = 0 means depthwise.
   m.def(

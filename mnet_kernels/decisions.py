@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mnet_kernels.nn import FusedConv2d
+from mnet_kernels.pairs import measure as measure_pairs
+from mnet_kernels.pairs import pairs, runners
 from mnet_kernels.plan import Plan
+from mnet_kernels.sequences import Runner
 from mnet_kernels.timing import interleave
 
 _ROUNDS = 9
@@ -49,8 +52,11 @@ class Row:
 class Explanation:
     """The rows of :func:`mnet_kernels.explain`, in the model's order."""
 
-    def __init__(self, plan: Plan, fused: dict[str, FusedConv2d], order: list[str]) -> None:
+    def __init__(
+        self, plan: Plan, fused: dict[str, FusedConv2d], order: list[str], runners: list[Runner]
+    ) -> None:
         self._plan = plan
+        self._runners = runners
         self._fused = fused
         self.rows = [
             _row(site.conv, site.pattern, site.note, fused[site.conv])
@@ -64,6 +70,7 @@ class Explanation:
         patterns = {site.conv: site.pattern for site in self._plan.sites}
         content = {
             name: {"pattern": patterns[name], "native": module.fusion.declined}
+            | ({} if module.fusion.pair is None else {"pair": module.fusion.pair})
             for name, module in self._fused.items()
         }
         Path(path).write_text(json.dumps(content, indent=2) + "\n")
@@ -93,6 +100,13 @@ class Explanation:
         for path, runs in self._plan.runs.items():
             sizes = " + ".join(str(len(run.stages)) for run in runs)
             console.print(f"{path or 'the model'}: {sizes} of them in one call each, on the CPU.")
+        for runner in self._runners:
+            for pair in pairs(runner):
+                way = "in one pass" if pair.in_one_pass else "one after the other"
+                console.print(f"{pair.depthwise} + {pair.pointwise}: {way} ({pair.reason})")
+        kept = sum(runner.packed_bytes() for runner in self._runners)
+        if kept:
+            console.print(f"Weights and constants packed for these calls: {kept / 2**20:.1f} MiB.")
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
 
@@ -143,7 +157,7 @@ def load(path: str | PathLike[str], plan: Plan, fused: dict[str, FusedConv2d]) -
         raise ValueError(f"{where} {who} {name!r}, the other has not")
     patterns = {site.conv: site.pattern for site in plan.sites}
     for name, entry in content.items():
-        if not isinstance(entry, dict) or set(entry) != {"pattern", "native"}:
+        if not isinstance(entry, dict) or set(entry) - {"pair"} != {"pattern", "native"}:
             raise ValueError(
                 f'{where} site {name!r}: expected "pattern" and "native", got {entry!r}'
             )
@@ -156,12 +170,20 @@ def load(path: str | PathLike[str], plan: Plan, fused: dict[str, FusedConv2d]) -
                 f'{where} site {name!r}: "native": expected null or a reason, '
                 f"got {entry['native']!r}"
             )
+        if not isinstance(entry.get("pair"), bool | None):
+            raise ValueError(
+                f'{where} site {name!r}: "pair": expected true or false, got {entry["pair"]!r}'
+            )
     for name, entry in content.items():
         fused[name].fusion.declined = entry["native"]
+        fused[name].fusion.pair = entry.get("pair")
 
 
-def measure(fast: nn.Module, fused: dict[str, FusedConv2d], inputs: tuple[Any, ...]) -> None:
-    """Leave native every site that is not faster fused, on the input it gets from ``inputs``."""
+def measure(
+    fast: nn.Module, fused: dict[str, FusedConv2d], inputs: tuple[Any, ...], of_pairs: bool
+) -> None:
+    """Leave native every site that is not faster fused, on the input it gets from ``inputs``; then
+    the same for pairs in one pass."""
     spent: dict[str, list[float]] = {name: [0.0, 0.0] for name in fused}
 
     def hook(name: str, module: FusedConv2d, args: tuple[Tensor, ...]) -> None:
@@ -182,6 +204,12 @@ def measure(fast: nn.Module, fused: dict[str, FusedConv2d], inputs: tuple[Any, .
     for name, (native, ours) in spent.items():
         if ours > native:
             fused[name].fusion.declined = f"left native: measured {native / ours:.2f}x"
+    if not of_pairs:
+        return
+    with _eval_mode(fast), torch.no_grad():
+        fast(*inputs)  # without the hooks: through the runs
+        for runner in runners(fast):
+            measure_pairs(runner)
 
 
 def _race(native: Any, ours: Any, x: Tensor) -> tuple[float, float]:

@@ -23,6 +23,8 @@ from mnet_kernels.plan import Run
 from mnet_kernels.reference import ACTIVATIONS
 
 _conv_sequence = torch.ops.mnet_kernels.conv_sequence.default
+#: Columns of the operator's `stages`.
+KIND, RESIDUAL = 0, 14
 
 
 class Sequenced:
@@ -49,6 +51,12 @@ class Sequenced:
     __code__ = __call__.__code__  # torch.export asks a forward where it was written
 
 
+def run_sequence(x: Tensor, stages: Tensor, constants: Tensor) -> Tensor:
+    """The operator itself; csrc/cpu/conv_sequence.cpp says what is in ``stages`` and
+    ``constants``."""
+    return _conv_sequence(x, stages, constants)
+
+
 class Runner:
     """Calls one run's operator, or returns None where its modules have to be called one by one.
 
@@ -57,6 +65,7 @@ class Runner:
     """
 
     def __init__(self, owner: nn.Module, run: Run, fast: nn.Module) -> None:
+        self.names = [stage.conv for stage in run.stages]
         self.convs = [cast(FusedConv2d, fast.get_submodule(s.conv)) for s in run.stages]
         self.residuals = [-1 if s.residual is None else s.residual for s in run.stages]
         members = cast(list[nn.Module], list(owner._modules.values()))[run.start : run.stop]
@@ -67,6 +76,7 @@ class Runner:
         self.forwards = [m.__dict__.get("forward") for m in self.parents]
         self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._kept: tuple[Any, Snapshot, Tensor, Tensor] | None = None
+        self._seen: tuple[torch.Size, torch.dtype] | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:
         if recorded() or not self._serves(x):
@@ -88,7 +98,7 @@ class Runner:
                     return None
                 sources += [t for t in statistics if t is not None]
                 eps = norm.eps
-            constants.append((held["stride"], held["padding"], held["dilation"], eps))
+            constants.append((held["stride"], held["padding"], held["dilation"], eps, fusion.pair))
         if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
             return None
         kept = self._kept
@@ -98,7 +108,19 @@ class Runner:
             ):
                 return None
             kept = self._kept = (constants, Snapshot(sources), *self._pack())
-        return _conv_sequence(x, *kept[2:])
+        self._seen = x.shape, x.dtype
+        return run_sequence(x, *kept[2:])
+
+    @property
+    def latest(self) -> tuple[torch.Size, torch.dtype, Tensor, Tensor] | None:
+        """Shape and dtype of the input of the latest call, and what else the operator was given."""
+        if self._kept is None or self._seen is None:
+            return None
+        return *self._seen, *self._kept[2:]
+
+    def packed_bytes(self) -> int:
+        """What the weights and constants that are kept for the next call take."""
+        return 0 if self._kept is None else self._kept[3].nbytes
 
     def _serves(self, x: Any) -> bool:
         return (
@@ -144,8 +166,9 @@ class Runner:
             fusion = conv.fusion
             dense = conv.groups == 1
             edges = (-1,) * 4 if fusion.pad == "same" else conv.padding_edges()
+            kind = 1 if dense else {None: 0, True: 2, False: 3}[fusion.pair]
             rows.append([
-                int(dense), conv.in_channels, conv.out_channels, *conv.kernel_size, *conv.stride,
+                kind, conv.in_channels, conv.out_channels, *conv.kernel_size, *conv.stride,
                 *conv.dilation, *edges, names.index(fusion.activation), residual, offset,
             ])  # fmt: skip
             for values in _flat(conv):
@@ -157,7 +180,7 @@ class Runner:
         return torch.tensor(rows), torch.cat(parts)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_kept": None}
+        state = {**self.__dict__, "_kept": None, "_seen": None}
         state.pop("_bound", None)
         return state
 

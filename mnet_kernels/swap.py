@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mnet_kernels.decisions import Explanation, Swapped, load, measure, record_of
 from mnet_kernels.nn import FusedConv2d, Fusion, absorbed, check_backend
+from mnet_kernels.pairs import runners
 from mnet_kernels.patterns import find
 from mnet_kernels.plan import Plan, Site
 from mnet_kernels.sequences import Sequenced
@@ -31,6 +32,7 @@ def swap(
     backend: str | None = None,
     example_inputs: Tensor | tuple[Any, ...] | None = None,
     decisions: str | PathLike[str] | None = None,
+    pairs: bool | None = None,
 ) -> nn.Module:
     """A copy of ``model`` whose convolutions do the normalisation and activation after them.
 
@@ -48,6 +50,9 @@ def swap(
         backend: "cpu", "cuda", "triton" or "native"; None: the best there is for each call.
         example_inputs: arguments for the model. Every site is timed, fused and native, on the
             input that it gets from them, and stays native where that is faster.
+        pairs: whether a depthwise and the 1x1 convolution after it, in one run on the CPU, go in
+            one pass; None: as a cost model says, or the faster way where ``example_inputs`` are
+            given. The results are the same.
         decisions: a file written by ``explain(fast).save(path)``, instead of measuring.
 
     Returns:
@@ -68,10 +73,12 @@ def swap(
     _apply(plan, fast, backend)
     fast.__dict__["_mnet_swapped"] = Swapped(original=model, plan=plan)
     fused = dict(sites(fast))
+    for module in fused.values():
+        module.fusion.pair = pairs
     if decisions is not None:
         load(decisions, plan, fused)
     if inputs is not None:
-        measure(fast, fused, inputs)
+        measure(fast, fused, inputs, pairs is None)
     return fast
 
 
@@ -101,7 +108,7 @@ def explain(fast: nn.Module) -> Explanation:
     """
     plan = record_of(fast, "explain").plan
     order = [path for path, _ in fast.named_modules()]
-    return Explanation(plan, dict(sites(fast)), order)
+    return Explanation(plan, dict(sites(fast)), order, list(runners(fast)))
 
 
 def sites(fast: nn.Module) -> Iterator[tuple[str, FusedConv2d]]:

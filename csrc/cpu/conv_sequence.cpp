@@ -28,7 +28,8 @@ struct Stage {
   bool dense;
   int64_t residual;  // the value that is added to the result, or -1
   const float *weight, *scale, *shift;
-  const float* own_weight;   // depthwise bfloat16: the weight in that type
+  const float* own_weight;  // depthwise bfloat16: the weight in that type
+  Pairing pairing = Pairing::by_cost;
   bool feeds_block = false;  // with the next stage, which is the only one to read the result
   int64_t slot = -1;         // where the result goes; the last one is the caller's
 };
@@ -43,7 +44,8 @@ struct Sequence {
 int64_t aligned(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 int64_t size_of(DType dtype) { return dtype == DType::bfloat16 ? 2 : 4; }
 
-// A row of `stages`: dense, C, K, KH, KW, SH, SW, DH, DW, top, left, bottom, right (top = -1: as
+// A row of `stages`: kind (1 dense; depthwise 0, 2 always and 3 never paired with what follows,
+// where it can be), C, K, KH, KW, SH, SW, DH, DW, top, left, bottom, right (top = -1: as
 // TensorFlow's "same"), activation, residual, offset in `constants`. There lie, each on its own
 // cache lines: the weight (packed, or in float32 by tap; in bfloat16 depthwise ones once more in
 // bfloat16, for kernels that want them so), scale, shift, slope.
@@ -54,7 +56,9 @@ Stage stage_of(const int64_t* row, DType dtype, int64_t H, int64_t W, const floa
   };
   Stage stage{};
   Problem& p = stage.p;
-  stage.dense = row[0] != 0;
+  expect(row[0] >= 0 && row[0] <= 3, "a kind from 0 to 3");
+  stage.dense = row[0] == 1;
+  if (row[0] > 1) stage.pairing = row[0] == 2 ? Pairing::always : Pairing::never;
   p.N = 1, p.C = row[1], p.H = H, p.W = W, p.K = row[2], p.KH = row[3], p.KW = row[4];
   p.SH = row[5], p.SW = row[6], p.DH = row[7], p.DW = row[8];
   p.top = row[9], p.left = row[10], p.bottom = row[11], p.right = row[12];
@@ -160,7 +164,7 @@ class Run {
       if (stage.feeds_block) {
         const DwconvCall first = depthwise(i);
         const ConvCall second = dense(i + 1);
-        if (const PairPlan plan = plan_pair(first, second, threads_); plan.bands) {
+        if (const PairPlan plan = plan_pair(first, second, threads_, stage.pairing); plan.bands) {
           run_pair(first, second, plan, threads_);
           ++i;
           continue;
@@ -221,9 +225,7 @@ void run_here(const Sequence& sequence, const void* x, void* y, int64_t images, 
   Run(sequence, x, y, images, static_cast<char*>(memory), threads)();
 }
 
-}  // namespace
-
-Tensor conv_sequence(Tensor x, Tensor stages, Tensor constants) {
+Sequence checked_sequence(const Tensor& x, const Tensor& stages, const Tensor& constants) {
   const TensorFacts facts = facts_of(x);
   const bool known = facts.dtype == DType::float32 || facts.dtype == DType::bfloat16;
   if (facts.dim != 4 || !known || !x.is_cpu() || x.numel() == 0)
@@ -238,10 +240,15 @@ Tensor conv_sequence(Tensor x, Tensor stages, Tensor constants) {
       !constants.is_contiguous())
     check::fail(kOp, "constants", "a contiguous float32 CPU tensor",
                 facts_of(constants).dtype_name);
-  const Sequence sequence =
-      sequence_of(static_cast<const int64_t*>(stages.const_data_ptr()), stages.size(0), x,
-                  static_cast<const float*>(constants.const_data_ptr()), constants.numel());
+  return sequence_of(static_cast<const int64_t*>(stages.const_data_ptr()), stages.size(0), x,
+                     static_cast<const float*>(constants.const_data_ptr()), constants.numel());
+}
 
+}  // namespace
+
+Tensor conv_sequence(Tensor x, Tensor stages, Tensor constants) {
+  const TensorFacts facts = facts_of(x);
+  const Sequence sequence = checked_sequence(x, stages, constants);
   const Tensor input = dense(x, Layout::channels_last);
   const Problem& last = sequence.stages.back().p;
   const int64_t N = x.size(0), size = size_of(facts.dtype);
@@ -258,8 +265,30 @@ Tensor conv_sequence(Tensor x, Tensor stages, Tensor constants) {
   return y;
 }
 
+// How conv_sequence would run these stages with so many threads; of x only shape and dtype matter.
+// Three numbers a stage: the bands in which an image goes through it and the next one (0: it goes
+// alone, or is the second of a pair), and the estimated costs of fusing and of not, in nanoseconds.
+std::vector<int64_t> conv_sequence_plan(Tensor x, Tensor stages, Tensor constants,
+                                        int64_t threads) {
+  Sequence s = checked_sequence(x, stages, constants);
+  const int64_t N = x.size(0), images = N < threads ? N : 1;
+  std::vector<int64_t> plan;
+  for (std::size_t i = 0; i < s.stages.size(); ++i) {
+    PairPlan pair{};
+    if (s.stages[i].feeds_block) {
+      s.stages[i].p.N = s.stages[i + 1].p.N = images;
+      pair = plan_pair(dwconv_call(s.stages[i].p), conv_call(s.stages[i + 1].p),
+                       N < threads ? threads : 1, s.stages[i].pairing);
+    }
+    for (double value : {static_cast<double>(pair.bands), pair.fused, pair.separate})
+      plan.push_back(static_cast<int64_t>(value));
+  }
+  return plan;
+}
+
 }  // namespace mnet::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mnet_kernels, CPU, m) {
   m.impl("conv_sequence", TORCH_BOX(&mnet::cpu::conv_sequence));
+  m.impl("conv_sequence_plan", TORCH_BOX(&mnet::cpu::conv_sequence_plan));
 }

@@ -37,12 +37,10 @@ int64_t plan(DwconvCall& call, int64_t width, int64_t threads) {
   return rows * call.channel_chunks;
 }
 
-// Blocks of about 56 pixels keep their patches and a panel of weights in the second-level cache.
 // Output channels are shared out too where there are few blocks.
 int64_t plan(ConvCall& call, int64_t threads) {
-  constexpr int64_t kBlockPixels = 56;
-  const int64_t pixels = call.N * call.OH * call.OW;
-  call.pixel_blocks = (pixels + kBlockPixels - 1) / kBlockPixels;
+  const int64_t pixels = call.N * call.OH * call.OW, block = block_pixels(call, threads);
+  call.pixel_blocks = (pixels + block - 1) / block;
   call.channel_blocks = 1;
   if (threads > 1 && call.pixel_blocks < 4 * threads)
     call.channel_blocks =
@@ -60,6 +58,13 @@ void run_conv_on(ConvCall& call, int64_t threads) {
 }
 
 }  // namespace
+
+int64_t block_pixels(const ConvCall& call, int64_t threads) {
+  constexpr int64_t kFew = 56, kCache = 512 << 10;
+  int64_t pixels = kFew;
+  while (threads == 1 && pixels < 4 * kFew && 2 * pixels * call.taps * 4 <= kCache) pixels *= 2;
+  return pixels;
+}
 
 DwconvCall dwconv_call(const Problem& p) {
   DwconvCall call{};

@@ -23,6 +23,10 @@ inline int64_t packed_bytes(const Problem& p) {
 DwconvCall dwconv_call(const Problem& p);
 ConvCall conv_call(const Problem& p);
 
+// About how many pixels a task of a dense convolution has: their patches and a panel of weights
+// stay in the second-level cache, and all weights are read once for each block.
+int64_t block_pixels(const ConvCall& call, int64_t threads);
+
 // Runs a call whose pointers are set, channels_last, on `threads` of torch's threads; on the
 // calling one alone where that is 1.
 void run_dwconv_channels_last(DwconvCall& call, const Problem& p, int64_t threads);

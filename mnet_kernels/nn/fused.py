@@ -43,6 +43,9 @@ class Fusion:
     backend: str | None = None
     #: Everything downstream takes any memory format: dense convolutions may choose theirs.
     free_layout: bool = False
+    #: Depthwise, with a 1x1 convolution after it in the same run: whether both go in one pass;
+    #: None: as the cost model says (pairs.py).
+    pair: bool | None = None
     #: Why this site was set to run native, if it was.
     declined: str | None = None
 

@@ -1,0 +1,82 @@
+"""Depthwise + 1x1 pairs inside a run: which go in one pass, why, and which way is faster here.
+
+The cost model is csrc/cpu/pair.cpp's plan_pair. It can be overruled, for all pairs by
+``swap(model, pairs=...)`` and for one by its depthwise convolution's ``fusion.pair``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from mnet_kernels.sequences import KIND, RESIDUAL, Runner, Sequenced, run_sequence
+from mnet_kernels.timing import interleave, ratio
+
+_plan = torch.ops.mnet_kernels.conv_sequence_plan.default
+_ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A depthwise convolution and the 1x1 convolution after it."""
+
+    depthwise: str
+    pointwise: str
+    in_one_pass: bool
+    reason: str
+
+
+def runners(fast: nn.Module) -> Iterator[Runner]:
+    """What takes the runs of a swapped model."""
+    for module in fast.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, Sequenced):
+            yield from (runner for _, _, runner in forward.runs)
+
+
+def pairs(runner: Runner) -> list[Pair]:
+    """The pairs of a run, decided for its latest input and the threads there are now; none before
+    the first call."""
+    if runner.latest is None:
+        return []
+    shape, dtype, stages, constants = runner.latest
+    x = torch.empty(1, dtype=dtype).expand(shape)  # only its shape is looked at
+    numbers = _plan(x, stages, constants, torch.get_num_threads())
+    found = []
+    for i in range(len(stages)):
+        bands, fused, separate = numbers[3 * i : 3 * i + 3]
+        if fused == separate == 0:
+            continue
+        told = runner.convs[i].fusion.pair
+        reason = (
+            f"estimated extra cost {fused / 1e3:.0f} µs in one pass, {separate / 1e3:.0f} µs apart"
+            if told is None
+            else "measured or set"
+        )
+        found.append(Pair(runner.names[i], runner.names[i + 1], bands > 0, reason))
+    return found
+
+
+def measure(runner: Runner) -> None:
+    """Set every pair of a run to the way that is faster on an input like its latest."""
+    if runner.latest is None:
+        return
+    shape, dtype, stages, constants = runner.latest
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    can_pair = {pair.depthwise for pair in pairs(runner)}
+    for i, name in enumerate(runner.names):
+        if name not in can_pair:
+            continue
+        before = x if i == 0 else run_sequence(x, stages[:i], constants)
+        calls = {}
+        for way, kind in (("one pass", 2), ("apart", 3)):
+            rows = stages[i : i + 2].clone()
+            rows[0, KIND] = kind
+            rows[:, RESIDUAL] = -1
+            calls[way] = partial(run_sequence, before, rows, constants)
+        done = interleave(calls, rounds=_ROUNDS)
+        runner.convs[i].fusion.pair = ratio(done["apart"], done["one pass"]).median >= 1
