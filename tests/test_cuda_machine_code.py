@@ -30,12 +30,19 @@ def kernels() -> list[machine_code.Kernel]:
 #: One slot of the stack, 8 bytes, in the 64-bit form of the backward's general kernels: the way of
 #: tensors beyond 2^31 elements.
 ONE_SLOT = re.compile(r"dwconv_backward(_data)?_general<\w+, long>")
+#: A few values of a whole block, outside of the loop of products: known losses, in bytes, by
+#: architecture and kernel. Two blocks a multiprocessor are worth more.
+SPILLED = {
+    (80, "separable_conv_kernel<float16, SeparableResident64>"): 40,
+    (80, "separable_conv_kernel<bfloat16, SeparableResident64>"): 16,
+}
 
 
 def test_nothing_is_in_local_memory(kernels):
     spilling = [
         k for k in kernels
         if (k.local or k.local_accesses) and not (ONE_SLOT.match(k.name) and k.local <= 8)
+        and k.local > SPILLED.get((k.architecture, k.name), -1)
     ]  # fmt: skip
     assert not spilling, spilling
 
