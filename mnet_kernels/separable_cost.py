@@ -58,7 +58,8 @@ def seconds(
         input_pixels * element, pixels * element, pixels * outputs * element_bytes
     )  # fmt: skip
     # Tiles of 64 pixels by 128 outputs; where these do not fill the GPU, 16 by 32, split further.
-    tile, wide = (64, 128) if 2 * pixels >= 64 * gpu.multiprocessors else (16, 32)
+    large = -(-pixels // 64) * -(-outputs // 128) >= gpu.multiprocessors
+    tile, wide = (64, 128) if large else (16, 32)
     tiles, most = -(-pixels // tile), -(-outputs // wide)
     splits = min(most, -(-gpu.multiprocessors // tiles))
     depthwise = pixels * channels * PER_ELEMENT * splits / gpu.instructions

@@ -54,6 +54,7 @@ TensorFacts facts_of(const std::vector<int64_t>& sizes, const std::string& dtype
   facts.dtype = dtype == "float32"    ? DType::float32
                 : dtype == "float16"  ? DType::float16
                 : dtype == "bfloat16" ? DType::bfloat16
+                : dtype == "float64"  ? DType::float64
                                       : DType::other;
   facts.dtype_name = dtype.c_str();
   return facts;

@@ -80,19 +80,21 @@ struct SeparableStream64 : SeparableTile<2, 2, 4, 1, 3, true, 1> {
 using SeparableVariants =
     Variants<SeparableResident128, SeparableResident64, SeparableResident16, SeparableStream64>;
 
-// The largest tile of which there are enough to fill the machine, each split between at most two
-// blocks; else the smallest, whose blocks are split as far as need be.
+// The largest tile whose blocks fill the machine; those of 128 pixels split between at most two (a
+// split computes the middle again), those of 64 as far as there are tiles of output channels. Else
+// the smallest.
 inline const char* choose(const SeparableCall& call) {
   const int64_t pixels = call.depthwise.N * call.depthwise.OH * call.depthwise.OW;
-  auto fills = [&](int64_t tile_pixels) {
-    const int64_t tiles = divide_up(pixels, tile_pixels) * (call.K > 128 ? 2 : 1);
-    return tiles >= call.multiprocessors;
+  const int64_t channel_tiles = divide_up(call.K, 128);
+  auto fills = [&](int64_t tile_pixels, int64_t splits) {
+    return divide_up(pixels, tile_pixels) * std::min(channel_tiles, splits) >= call.multiprocessors;
   };
   // Below 256 channels memory is the limit, and more blocks have more loads on their way.
-  if (call.depthwise.K >= 256 && fills(128) && SeparableResident128::can_run(call))
+  if (call.depthwise.K >= 256 && fills(128, 2) && SeparableResident128::can_run(call))
     return SeparableResident128::kName;
-  if (fills(64) && SeparableResident64::can_run(call)) return SeparableResident64::kName;
-  if (!fills(64) && SeparableResident16::can_run(call)) return SeparableResident16::kName;
+  const bool large = fills(64, channel_tiles);
+  if (large && SeparableResident64::can_run(call)) return SeparableResident64::kName;
+  if (!large && SeparableResident16::can_run(call)) return SeparableResident16::kName;
   return SeparableStream64::kName;
 }
 
