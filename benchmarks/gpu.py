@@ -33,6 +33,8 @@ setuptools.dist.Distribution.parse_config_files = lambda *_, **__: None
 sys.argv = ["setup.py", "build_ext", "--inplace"]
 runpy.run_path("setup.py", run_name="__main__")
 """
+#: Rows of the second backend, beside those of CUDA, which are named by the layout alone.
+TRITON = ("channels_last, triton", "contiguous, triton")
 _Stage = dict[str, Any]
 
 
@@ -72,7 +74,7 @@ def tests(seconds: float) -> _Stage:
     if importlib.util.find_spec("pytest") is None:
         print("there is no pytest: the tests cannot be run")
         return {"passed": False, "left_out": "there is no pytest"}
-    files = ["tests/test_cuda.py", "tests/test_bad_input.py"]
+    files = ["tests/test_cuda.py", "tests/test_bad_input.py", "tests/test_triton_device.py"]
     return _pytest(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files], seconds
     )
@@ -185,8 +187,10 @@ def table(result: dict[str, Any]) -> str:
     if rows:
         lines += [
             "", "| C, H, kernel, stride | batch | dtype | best peer | µs | ours, channels_last | "
-            "of copy | speed-up | ours, contiguous | of copy | speed-up |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "of copy | speed-up | ours, contiguous | of copy | speed-up "
+            "| Triton, channels_last | of copy | speed-up | Triton, contiguous | of copy "
+            "| speed-up | Triton's first call, s |",
+            "| --- " * 18 + "|",
         ]  # fmt: skip
     for row in rows:
         channels, height, _, kernel, stride = row["shape"]
@@ -195,16 +199,18 @@ def table(result: dict[str, Any]) -> str:
             row["dtype"] + ("" if row["cold"] else " (in L2)"), row["best_peer"],
             f"{row['us'][row['best_peer']]['median']:.1f}",
         ]  # fmt: skip
-        for layout in ("channels_last", "contiguous"):
-            if layout in row:
-                speedup = row[layout]["against_best_peer"]["median"]
+        for way in ("channels_last", "contiguous", *TRITON):
+            if way in row:
+                speedup = row[way]["against_best_peer"]["median"]
                 lost = "" if speedup >= 1 else " (we lose)"
                 cells += [
-                    f"{row['us'][f'ours {layout}']['median']:.1f}",
-                    f"{row[layout]['fraction_of_copy']:.0%}", f"{speedup:.2f}x{lost}",
+                    f"{row['us'][f'ours {way}']['median']:.1f}",
+                    f"{row[way]['fraction_of_copy']:.0%}", f"{speedup:.2f}x{lost}",
                 ]  # fmt: skip
             else:
-                cells += ["WRONG", "-", "-"]
+                cells += ["WRONG" if f"ours {way}" in row["error"] else "-", "-", "-"]
+        first = row.get("triton_first_call_s", {}).values()
+        cells.append(" / ".join(f"{seconds:.1f}" for seconds in first) or "-")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     rows = stages.get("networks", {}).get("rows", [])
     if rows:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from shapes import shapes
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mnet_kernels import _cuda, models, ops, swap
+from mnet_kernels import _cuda, backends, models, ops, swap
 from mnet_kernels.data import randomise_batchnorm
 from mnet_kernels.fold import fold
 from mnet_kernels.timing import Spread, ratio
@@ -141,6 +143,24 @@ def compile_ways(
     return ways
 
 
+def first_call_seconds(call: Layer, x: Tensor) -> float:
+    """Of a call that has to compile and tune: Triton's cache on disk starts empty, the one in
+    memory keeps what an earlier row of the same layer and layout compiled."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ["TRITON_CACHE_DIR"] = empty
+        try:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call(x)
+            torch.cuda.synchronize()
+            return time.perf_counter() - start
+        finally:
+            os.environ.pop("TRITON_CACHE_DIR")
+            if before is not None:
+                os.environ["TRITON_CACHE_DIR"] = before
+
+
 def layer_row(
     model: str, shape: tuple[int, ...], batch: int, dtype: str, modes: tuple[str, ...]
 ) -> _Row:
@@ -167,7 +187,7 @@ def layer_row(
 
     graphs: dict[str, Callable[[], object]] = {}
     calls: dict[str, Callable[[], object]] = {}
-    errors, facts = {}, {}
+    errors, facts, first_call = {}, {}, {}
 
     def add(name: str, way: Layer, inputs: list[Tensor], kept: bool = True) -> None:
         replay, y = graph_of(way, inputs)
@@ -183,10 +203,10 @@ def layer_row(
         inputs = [first.to(memory_format=memory_format)]
         inputs += [inputs[0].clone() for _ in range(number - 1)]
 
-        def ours(x: Tensor) -> Tensor:
+        def ours(x: Tensor, backend: str = "cuda") -> Tensor:
             return ops.dwconv_bn_act(
                 x, conv.weight, scale, shift, stride=stride, padding=kernel // 2,
-                activation="relu6", backend="cuda",
+                activation="relu6", backend=backend,
             )  # fmt: skip
 
         chosen = _cuda.facts_of_call(
@@ -202,6 +222,14 @@ def layer_row(
                 add(f"ours {layout}, {variant}", ours, inputs, kept=False)
             finally:
                 _cuda.force_variant("")
+        if backends.why_not("triton", device="cuda") is None:
+            way, call = f"ours {layout}, triton", partial(ours, backend="triton")
+            errors[way] = float("inf")  # where it cannot even be called
+            try:
+                first_call[layout] = first_call_seconds(call, inputs[0])
+                add(way, call, inputs)
+            except Exception as error:  # CUDA's rows still count
+                print(f"{way}: {type(error).__name__}: {error}")
         for name in ("cudnn", "native"):
             with engine(name):
                 for way, call in layer_ways(conv, bn, layout).items():
@@ -223,13 +251,14 @@ def layer_row(
         "bytes": nbytes, "cold": number * nbytes > 3 * l2, "best_peer": best, "kernel": facts,
         "us": {n: s.summary(1e-6) for n, s in times.items()},
         "call_us": {n: s.summary(1e-6) for n, s in plain.items()}, "error": errors,
+        "triton_first_call_s": first_call,
         "ours_correct": all(n in graphs for n in errors if n.startswith("ours")),
     }  # fmt: skip
-    for layout in LAYOUTS:
-        spread = times.get(f"ours {layout}")
+    for way in [f"{layout}{of}" for of in ("", ", triton") for layout in LAYOUTS]:
+        spread = times.get(f"ours {way}")
         if spread is not None:
             eager = min((n for n in peers if "eager" in n), key=lambda n: times[n].median)
-            row[layout] = {
+            row[way] = {
                 "gb_per_s": nbytes / spread.median / 1e9,
                 "fraction_of_copy": times["copy"].median / spread.median,
                 "against_best_peer": ratio(times[best], spread).summary(),

@@ -47,6 +47,8 @@ class Fusion:
     free_layout: bool = False
     #: Why this site was set to run native, if it was.
     declined: str | None = None
+    #: With ``backend`` None: the one to take where it can serve, before the usual order.
+    preferred: str | None = None
 
 
 class FusedConv2d(nn.Conv2d):
@@ -92,7 +94,7 @@ class FusedConv2d(nn.Conv2d):
             return "the norm uses the batch's statistics (training mode)"
         if not self.is_depthwise or torch.compiler.is_compiling():
             return None  # the fold needs nothing but native operators
-        return _server(fusion.backend, str(device), dtype)[1]
+        return _server(fusion.backend, fusion.preferred, str(device), dtype)[1]
 
     def serving(self, device: torch.device | str, dtype: torch.dtype) -> str:
         """The backend of a fused call; "folded" where it is the native convolution of a fold."""
@@ -100,7 +102,7 @@ class FusedConv2d(nn.Conv2d):
             packs = self.groups == 1 and ops.packs(dtype)
             on_cpu = self.fusion.backend in (None, "cpu") and torch.device(device).type == "cpu"
             return "cpu" if packs and on_cpu and self.fusion.free_layout else "folded"
-        return _server(self.fusion.backend, str(device), dtype)[0]
+        return _server(self.fusion.backend, self.fusion.preferred, str(device), dtype)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         weight, device = cast(Tensor, self._parameters["weight"]), x.device
@@ -144,7 +146,7 @@ class FusedConv2d(nn.Conv2d):
             dilation=self.dilation,
             activation=fusion.activation,
             slope=fusion.slope,
-            backend=fusion.backend,
+            backend=self.serving(x.device, x.dtype) if fusion.preferred else fusion.backend,
         )
 
     def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -415,11 +417,14 @@ def _zero_pad(x: Tensor, edges: _Edges) -> Tensor:
 
 
 @functools.cache
-def _server(backend: str | None, place: str, dtype: torch.dtype) -> tuple[str, str | None]:
+def _server(
+    backend: str | None, preferred: str | None, place: str, dtype: torch.dtype
+) -> tuple[str, str | None]:
     """The backend that serves, or "native" and why neither the named one nor any other does."""
     device = torch.device(place)
     reasons = []
-    for name in _FUSED if backend is None else (backend,):
+    usual = _FUSED if backend is None else (backend,)
+    for name in usual if preferred is None else (preferred, *usual):
         reason = backends.why_not(name, device=device, dtype=dtype)
         if reason is None:
             return name, None

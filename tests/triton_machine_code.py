@@ -1,6 +1,8 @@
 """Compiles the Triton kernels for GPUs that need not be there, and reads what came out.
 
-``python triton_machine_code.py few`` prints the facts of one case a kernel and layout as JSON.
+``python triton_machine_code.py few`` prints the facts of one case a kernel and layout as JSON;
+``all`` compiles every configuration that some layer of a MobileNet may be given, for every target
+(minutes), and fails if one spills.
 """
 
 from __future__ import annotations
@@ -10,7 +12,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -124,6 +129,46 @@ def facts(case: Case) -> dict:
 
 FEW = [Case(kernel, channels_last=last) for kernel in KERNELS for last in (True, False)]
 
+#: (channels, size, taps, stride): what MobileNets have, and sizes of few divisors.
+SHAPES = [
+    (c, size, taps, stride)
+    for taps in (3, 5, 7) for stride in (1, 2)
+    for c, size in [(32, 112), (64, 112), (128, 56), (256, 28), (512, 14), (1024, 7), (24, 28),
+                    (16, 6), (8, 33)]
+]  # fmt: skip
+
+
+def every_configuration() -> list[Case]:
+    """Each once for each target, on the first of the SHAPES that may be given it; for sm_90 once
+    for each kind of kernel and stride."""
+    found = {}
+    for kernel, last, dtype in product(KERNELS, (True, False), (torch.bfloat16, torch.float32)):
+        for channels, size, taps, stride in SHAPES:
+            case = Case(kernel, "sm_90", dtype, last, channels, size, taps, stride)
+            for choice, config in enumerate(case.configurations()):
+                chosen = replace(case, choice=choice)
+                key = (kernel, last, dtype, str(config))
+                found.setdefault((*key, taps, stride), chosen)
+                for target in TARGETS:
+                    found.setdefault((*key, target), replace(chosen, target=target))
+    return list(dict.fromkeys(found.values()))
+
+
+def spills(case: Case) -> tuple[str, int, int]:
+    told = facts(case)
+    return str(case), told["registers"], told["stack"]
+
+
 if __name__ == "__main__":
-    assert sys.argv[1:] == ["few"]
-    print(json.dumps({"triton": triton.__version__, "facts": [facts(case) for case in FEW]}))
+    if sys.argv[1:] == ["few"]:
+        print(json.dumps({"triton": triton.__version__, "facts": [facts(case) for case in FEW]}))
+    else:
+        assert sys.argv[1:] == ["all"]
+        cases = every_configuration()
+        with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+            told = list(pool.map(spills, cases, chunksize=8))
+        bad = [t for t in told if t[2]]
+        print(f"Triton {triton.__version__}: {len(told)} compiled, {len(bad)} spill")
+        print("at most", max(told, key=lambda t: t[1]))
+        print(*bad, sep="\n")
+        sys.exit(bool(bad))
