@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 if rulers.BACKEND == "triton":
     pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
 
-from triton_machine_code import FEW, KERNELS, Case, facts
+from triton_machine_code import FEW, KERNELS, MERGES, TARGETS, TRAINING, Case, facts
 
 LAYERS = [
     {"stride": 2},
@@ -34,6 +34,11 @@ CASES = [
     *(Case(k, **layer) for k in KERNELS for layer in LAYERS_OF_CHANNELS_LAST),
     *(Case(case.kernel, target, channels_last=case.channels_last)
       for case in FEW for target in ("sm_80", "sm_100", "gfx942")),
+    *(Case(k, target, channels_last=last, dtype=dtype)
+      for k, dtype in zip(TRAINING, 2 * (torch.bfloat16, torch.float32), strict=True)
+      for target in TARGETS for last in (True, False)),
+    *(Case(k, taps=7, size=14) for k in ("statistics", "training_sums")),
+    *(Case(k, target) for k in MERGES for target in ("sm_90", "gfx942")),
 ]  # fmt: skip
 CASES = [case for case in CASES if case.choice < len(case.configurations())]
 
@@ -54,7 +59,9 @@ def test_nothing_spills(compiled, case, record_property):
     assert found["stack"] == 0, found
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.channels_last and c.taps < 9], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.channels_last and c.taps < 9 and c.kernel not in MERGES], ids=str
+)
 def test_channels_last_moves_16_bytes_at_once(compiled, case):
     found = compiled[case].result()
     # Taps, scale and shift are float32 or of the tensors' type: 16 bytes for each too.
@@ -65,7 +72,14 @@ def test_channels_last_moves_16_bytes_at_once(compiled, case):
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in CASES if not c.channels_last and c.size == 56 and c.target.startswith("sm")],
+    [
+        c
+        for c in CASES
+        if not c.channels_last
+        and c.size == 56
+        and c.target.startswith("sm")
+        and c.kernel in KERNELS
+    ],
     ids=str,
 )
 def test_contiguous_moves_16_bytes_at_once(compiled, case):

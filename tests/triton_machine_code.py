@@ -23,14 +23,41 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mnet_kernels.triton import dwconv_bn_act, dwconv_bn_act_backward, tuning
+from mnet_kernels.triton import (
+    dwconv_bn_act,
+    dwconv_bn_act_backward,
+    dwconv_bn_act_training,
+    dwconv_bn_act_training_backward,
+    tuning,
+)
 
+#: Kernel, configurations to choose from, pointers that are None.
 KERNELS = {
-    "forward": (dwconv_bn_act._forward, tuning.FORWARD),
-    "backward_conv": (dwconv_bn_act_backward._backward_conv, tuning.CONV),
-    "backward_data": (dwconv_bn_act_backward._backward_data, tuning.DATA),
-    "backward_weight": (dwconv_bn_act_backward._backward_weight, tuning.WEIGHT),
+    "forward": (dwconv_bn_act._forward, tuning.FORWARD, ["mean_ptr"]),
+    "backward_conv": (
+        dwconv_bn_act_backward._backward_conv, tuning.CONV,
+        ["mean_ptr", "linear_ptr", "constant_ptr"],
+    ),
+    "backward_data": (dwconv_bn_act_backward._backward_data, tuning.DATA, []),
+    "backward_weight": (dwconv_bn_act_backward._backward_weight, tuning.WEIGHT, []),
+}  # fmt: skip
+TRAINING = {
+    "statistics": (dwconv_bn_act_training._statistics, tuning.CONV, []),
+    "training_forward": (dwconv_bn_act._forward, tuning.FORWARD, []),
+    "training_sums": (
+        dwconv_bn_act_backward._backward_conv, tuning.CONV,
+        ["linear_ptr", "constant_ptr", "dconv_ptr"],
+    ),
+    "training_conv": (dwconv_bn_act_backward._backward_conv, tuning.CONV, ["partial_ptr"]),
+}  # fmt: skip
+#: Of vectors of one number a channel: nothing to choose.
+MERGES = {
+    "merge_statistics": (dwconv_bn_act_training._merge_statistics, None, []),
+    "merge_gradients": (dwconv_bn_act_training_backward._merge_gradients, None, []),
 }
+_ALL = KERNELS | TRAINING | MERGES
+#: Pointers to x's dtype; the others are to float32.
+TENSORS = ("x_ptr", "w_ptr", "y_ptr", "dy_ptr", "dx_ptr", "dconv_ptr")
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -72,27 +99,31 @@ class Case:
         }  # fmt: skip
 
     def configurations(self) -> list:
-        return tuning.prune(KERNELS[self.kernel][1], self.dtype.itemsize, self.shape())
+        kind = _ALL[self.kernel][1]
+        if kind is None:
+            constants = {"K": self.channels, "MERGED": dwconv_bn_act_training.MERGED}
+            return [triton.Config(constants, num_warps=4)]
+        return tuning.prune(kind, self.dtype.itemsize, self.shape())
 
 
 def facts(case: Case) -> dict:
     """Registers, bytes of stack, and how the kernel reaches memory."""
-    fn = KERNELS[case.kernel][0].fn
+    kernel, _, missing = _ALL[case.kernel]
+    fn = kernel if case.kernel in MERGES else kernel.fn  # without its tuner
     config = case.configurations()[case.choice]
     constants = {
         name: value for name, value in (case.shape() | config.kwargs).items()
         if name in fn.arg_names and name not in ("H", "W", "OH", "OW")
-    }  # fmt: skip
+    } | dict.fromkeys(missing)  # fmt: skip
     signature, attributes = {}, {}
     for i, name in enumerate(fn.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            wide = name in ("scale_ptr", "shift_ptr", "partial_ptr")
-            signature[name] = "*fp32" if wide else TYPES[case.dtype]
+            signature[name] = TYPES[case.dtype] if name in TENSORS else "*fp32"
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name == "slope" else "i32"
+            signature[name] = "fp32" if name in ("slope", "eps") else "i32"
     source = ASTSource(fn, signature, constexprs=constants, attrs=attributes)
     target = TARGETS[case.target]
     warps = config.num_warps * 32 // target.warp_size  # tuning.py counts in the GPU at hand
@@ -100,7 +131,8 @@ def facts(case: Case) -> dict:
     found = {"case": str(case), "config": config.kwargs, "shared": compiled.metadata.shared}
     if case.target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
-        spilled = re.findall(r"\.[vs]gpr_spill_count:\s*(\d+)", text)
+        # Scalar registers are spilled to lanes of vector registers, not to memory.
+        spilled = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", text)
         return found | {
             "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),
             "stack": sum(map(int, spilled)),
@@ -142,7 +174,9 @@ def every_configuration() -> list[Case]:
     """Each once for each target, on the first of the SHAPES that may be given it; for sm_90 once
     for each kind of kernel and stride."""
     found = {}
-    for kernel, last, dtype in product(KERNELS, (True, False), (torch.bfloat16, torch.float32)):
+    for kernel, last, dtype in product(
+        KERNELS | TRAINING, (True, False), (torch.bfloat16, torch.float32)
+    ):
         for channels, size, taps, stride in SHAPES:
             case = Case(kernel, "sm_90", dtype, last, channels, size, taps, stride)
             for choice, config in enumerate(case.configurations()):

@@ -22,12 +22,13 @@ def dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def check(x, weight, scale, shift, stride, padding, dilation, activation, slope) -> None:
+def check(
+    x, weight, scale, shift, stride, padding, dilation, activation, slope, op="dwconv_bn_act"
+) -> None:
     """The checks of every backend; while torch traces, those of the shapes that kernels trust."""
     if type(x) is Tensor and not torch.compiler.is_compiling():
         torch.ops.mnet_kernels.check_conv.default(
-            "dwconv_bn_act", x, weight, scale, shift, stride, padding, dilation, 0, activation,
-            slope,
+            op, x, weight, scale, shift, stride, padding, dilation, 0, activation, slope
         )  # fmt: skip
         return
     torch._check(weight.shape[0] % x.shape[1] == 0 and weight.shape[1] == 1)

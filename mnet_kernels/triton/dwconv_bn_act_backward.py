@@ -33,6 +33,7 @@ from mnet_kernels.triton.tile import (
     pixel,
     store_row,
     weight_at,
+    weights_of_turn,
 )
 
 
@@ -70,8 +71,9 @@ def _backward_conv(
     dshift = tl.full((LANES, BLOCK_C), 0.0, tl.float32)
     for tile in range(chunk, tl.cdiv(N * GH * GW, LANES), CHUNKS):
         n, gh, gw, exists = patches(tile, N, GH, GW, LANES, WIDE)
+        taps_ptr = weights_of_turn(w_ptr, tile, chunk, CHUNKS, KH * KW)
         conv = convolve(
-            x_ptr, w_ptr, n, gh, gw, exists, k, k_exists, H, W, C, M, KH, KW, SH, SW, DH, DW,
+            x_ptr, taps_ptr, n, gh, gw, exists, k, k_exists, H, W, C, M, KH, KW, SH, SW, DH, DW,
             TOP, LEFT, CHANNELS_LAST, UNROLL, ROWS, COLS, LANES, BLOCK_C,
         )  # fmt: skip
         for r in tl.static_range(ROWS):

@@ -12,7 +12,6 @@ pivot of one of them, and the merge goes by the parallel formula
 the same call gives the same bits.
 """
 
-# ruff: noqa: RUF005 (Triton knows no unpacking)
 from __future__ import annotations
 
 import torch
@@ -24,7 +23,7 @@ from mnet_kernels.triton import arguments, launch, tuning
 from mnet_kernels.triton.dwconv_bn_act import convolve, launch_forward
 from mnet_kernels.triton.dwconv_bn_act_backward import chunks_of, partials
 from mnet_kernels.triton.launch import wrap_triton
-from mnet_kernels.triton.tile import channels, patches, per_channel
+from mnet_kernels.triton.tile import channels, patches, per_channel, weights_of_turn
 
 #: In the schemas, behind the tensors.
 CONSTANTS = f"{arguments.CONSTANTS}, float eps"
@@ -55,8 +54,9 @@ def _statistics(
     squares = tl.full((LANES, BLOCK_C), 0.0, tl.float32)
     for tile in range(chunk, tl.cdiv(N * GH * GW, LANES), CHUNKS):
         n, gh, gw, exists = patches(tile, N, GH, GW, LANES, WIDE)
+        taps_ptr = weights_of_turn(w_ptr, tile, chunk, CHUNKS, KH * KW)
         conv = convolve(
-            x_ptr, w_ptr, n, gh, gw, exists, k, k_exists, H, W, C, M, KH, KW, SH, SW, DH, DW,
+            x_ptr, taps_ptr, n, gh, gw, exists, k, k_exists, H, W, C, M, KH, KW, SH, SW, DH, DW,
             TOP, LEFT, CHANNELS_LAST, UNROLL, ROWS, COLS, LANES, BLOCK_C,
         )  # fmt: skip
         pivot = tl.where(count == 0, conv[0], pivot)  # every patch has a first pixel
@@ -110,7 +110,7 @@ def _merge_statistics(
         count, own_pivot, sum, _ = _load_partials(partial_ptr, first, k, CHUNKS, K, MERGED)
         total += sum + count * (own_pivot - pivot)
         counts += count
-    pixels = tl.sum(counts, 0)[None, :]
+    pixels = tl.maximum(tl.sum(counts, 0), 1)[None, :]  # of channels that exist, never 0
     mean = tl.sum(total, 0)[None, :] / pixels  # from the pivot on
     spread = tl.full((MERGED, MERGED), 0.0, tl.float32)
     for first in range(0, CHUNKS, MERGED):
@@ -126,19 +126,20 @@ def _merge_statistics(
     tl.store(scale_ptr + k, gamma / tl.sqrt_rn(var + eps), k_exists)
 
 
-def check(x, weight, gamma, beta, stride, padding, dilation, activation, slope, y) -> None:
-    """Of what is not dwconv_bn_act's to check, here with the names that the caller knows."""
+def check(x, weight, gamma, beta, y) -> None:
+    """What is not dwconv_bn_act's to check."""
     for name, t in (("gamma", gamma), ("beta", beta)):
         if t is not None and (t.shape != weight.shape[:1] or t.dtype != torch.float32):
             raise RuntimeError(
-                f"dwconv_bn_act_training: {name}: expected ({weight.shape[0]},) torch.float32, "
-                f"got {tuple(t.shape)} {t.dtype}"
+                f"dwconv_bn_act_training: {name}: expected shape ({weight.shape[0]},) of float32, "
+                f"got shape {tuple(t.shape)} of {str(t.dtype).removeprefix('torch.')}"
             )
-    values = y.shape[0] * y.shape[2] * y.shape[3]
     torch._check(
-        values > 1,
-        lambda: "dwconv_bn_act_training: x: expected more than 1 value per channel of the output, "
-        f"got {values}",
+        y.shape[0] * y.shape[2] * y.shape[3] != 1,
+        lambda: (
+            "dwconv_bn_act_training: x: expected more than one value a channel in training, "
+            f"got an output of shape {tuple(y.shape)}"
+        ),
     )
 
 
@@ -152,11 +153,16 @@ def dwconv_bn_act_training(
     x, weight, gamma, beta, stride, padding, dilation, activation, slope, eps
 ):
     """(y, mean, var): what is normalised has mean and (biased) var, each (C*M,) float32."""
+    arguments.check(
+        x, weight, None, None, stride, padding, dilation, activation, slope,
+        op="dwconv_bn_act_training",
+    )  # fmt: skip
     y, mean, var = _output(
         x, weight, gamma, beta, stride, padding, dilation, activation, slope, eps
     )
-    arguments.check(x, weight, None, None, stride, padding, dilation, activation, slope)
-    check(x, weight, gamma, beta, stride, padding, dilation, activation, slope, y)
+    check(x, weight, gamma, beta, y)
+    if x.shape[0] == 0:
+        return y, mean.zero_(), var.zero_()
     call = arguments.Call(x, weight, y, stride, padding, dilation)
     x, taps = call.dense(x), call.taps(weight)
     chunks, partial, K = chunks_of(y), partials(y, 4), y.shape[1]

@@ -69,11 +69,14 @@ def dwconv_bn_act_training_backward(
     dy, x, weight, gamma, beta, mean, var, stride, padding, dilation, activation, slope, eps,
     data, sums,
 ):  # fmt: skip
-    """(dx, dweight, dgamma, dbeta); dx is empty without `data`, dweight without `sums`."""
-    dx, dweight, dgamma, dbeta = _gradients(
+    """(dx, dweight, dgamma, dbeta); dx is empty without `data`, the others without `sums`."""
+    dx, dweight, *vectors = _gradients(
         dy, x, weight, gamma, beta, mean, var, stride, padding, dilation, activation, slope, eps,
         data, sums,
     )  # fmt: skip
+    if x.shape[0] == 0:
+        return dx, dweight.zero_(), *(t.zero_() for t in vectors)
+    dgamma, dbeta = vectors if sums else (torch.empty_like(mean) for _ in range(2))
     call = arguments.Call(x, weight, dy, stride, padding, dilation)
     dy, x, taps = call.dense(dy), call.dense(x), call.taps(weight)
     gamma, beta = arguments.dense(gamma), arguments.dense(beta)
@@ -90,17 +93,15 @@ def dwconv_bn_act_training_backward(
         partial, gamma, var, dgamma, dbeta, linear, constant, chunks, count, eps, K=K,
         MERGED=MERGED,
     )  # fmt: skip
-    if data or sums:
-        dconv = torch.empty_like(dy, memory_format=call.layout)
-        launch_conv(
-            call, dy, x, taps, (scale, beta, mean, linear, constant), dconv, None, activation,
-            slope,
-        )  # fmt: skip
-        if data:
-            launch_data(call, dconv, taps, dx)
-        if sums:
-            launch_weight(call, dconv, x, dweight)
-    return dx, dweight, dgamma, dbeta
+    dconv = torch.empty_like(dy, memory_format=call.layout)
+    launch_conv(
+        call, dy, x, taps, (scale, beta, mean, linear, constant), dconv, None, activation, slope
+    )
+    if data:
+        launch_data(call, dconv, taps, dx)
+    if sums:
+        launch_weight(call, dconv, x, dweight)
+    return dx, dweight, *vectors
 
 
 @dwconv_bn_act_training_backward.register_fake
@@ -112,6 +113,6 @@ def _gradients(
     return (
         torch.empty_like(x, memory_format=arguments.layout_of(x)) if data else x.new_empty(0),
         weight.new_empty(weight.shape if sums else 0),
-        torch.empty_like(mean),
-        torch.empty_like(mean),
+        mean.new_empty(mean.shape if sums else 0),
+        mean.new_empty(mean.shape if sums else 0),
     )
