@@ -28,6 +28,7 @@ from mnet_kernels.triton import (
     dwconv_bn_act_backward,
     dwconv_bn_act_training,
     dwconv_bn_act_training_backward,
+    separable_conv,
     tuning,
 )
 
@@ -55,9 +56,11 @@ MERGES = {
     "merge_statistics": (dwconv_bn_act_training._merge_statistics, None, []),
     "merge_gradients": (dwconv_bn_act_training_backward._merge_gradients, None, []),
 }
-_ALL = KERNELS | TRAINING | MERGES
+#: As many output channels as input channels.
+SEPARABLE = {"separable_conv": (separable_conv._separable, tuning.SEPARABLE, ["residual_ptr"])}
+_ALL = KERNELS | TRAINING | MERGES | SEPARABLE
 #: Pointers to x's dtype; the others are to float32.
-TENSORS = ("x_ptr", "w_ptr", "y_ptr", "dy_ptr", "dx_ptr", "dconv_ptr")
+TENSORS = ("x_ptr", "w_ptr", "pw_ptr", "y_ptr", "dy_ptr", "dx_ptr", "dconv_ptr")
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -79,12 +82,15 @@ class Case:
     size: int = 56
     taps: int = 3
     stride: int = 1
+    precision: str = "tf32"  # of float32 products
     choice: int = -1  # among the configurations that fit; the last is the largest
 
     def __str__(self) -> str:
         layout = "nhwc" if self.channels_last else "nchw"
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"{self.channels}x{self.size}-k{self.taps}s{self.stride}"
+        if self.kernel in SEPARABLE and self.dtype == torch.float32:
+            dtype = self.precision
         return f"{self.kernel}-{self.target}-{dtype}-{layout}-{shape}-{self.choice}"
 
     def shape(self) -> dict:
@@ -96,13 +102,16 @@ class Case:
             "KH": k, "KW": k, "SH": s, "SW": s, "DH": 1, "DW": 1, "TOP": k // 2, "LEFT": k // 2,
             "CHANNELS_LAST": self.channels_last, "UNROLL": unrolled, "WIDE": False,
             "ACTIVATION": "relu6", "TAP_ROWS": 3 if k == 3 else 1, "TAP_COLS": min(k, 8),
+            "K": self.channels, "DW_ACTIVATION": "relu6", "PW_ACTIVATION": "relu6",
+            "PRECISION": self.precision,
         }  # fmt: skip
 
     def configurations(self) -> list:
         kind = _ALL[self.kernel][1]
         if kind is None:
-            constants = {"K": self.channels, "MERGED": dwconv_bn_act_training.MERGED}
-            return [triton.Config(constants, num_warps=4)]
+            return [triton.Config({"MERGED": dwconv_bn_act_training.MERGED}, num_warps=4)]
+        if kind is tuning.SEPARABLE:
+            return tuning.prune_separable(self.dtype.itemsize, self.shape())
         return tuning.prune(kind, self.dtype.itemsize, self.shape())
 
 
@@ -127,7 +136,8 @@ def facts(case: Case) -> dict:
     source = ASTSource(fn, signature, constexprs=constants, attrs=attributes)
     target = TARGETS[case.target]
     warps = config.num_warps * 32 // target.warp_size  # tuning.py counts in the GPU at hand
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": warps, "num_stages": config.num_stages}
+    compiled = triton.compile(source, target=target, options=options)
     found = {"case": str(case), "config": config.kwargs, "shared": compiled.metadata.shared}
     if case.target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
@@ -136,6 +146,7 @@ def facts(case: Case) -> dict:
         return found | {
             "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1)),
             "stack": sum(map(int, spilled)),
+            "matrix": len(re.findall(r"\bv_mfma", text)),
             "loads": len(re.findall(r"(?:buffer|global)_load_", text)),
             "wide_loads": len(re.findall(r"(?:buffer|global)_load_dwordx4", text)),
         }
@@ -152,6 +163,7 @@ def facts(case: Case) -> dict:
         "registers": int(re.search(r"REG:(\d+)", report).group(1)),
         "stack": int(re.search(r"STACK:(\d+)", report).group(1))
         + len(re.findall(r"\b(?:ld|st)\.local", ptx)),
+        "matrix": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
         "loads": len(re.findall(r"\bld\.global", ptx)),
         "wide_loads": len(re.findall(r"\bld\.global\.v4\.b32", ptx)),
         "stores": len(re.findall(r"\bst\.global", ptx)),

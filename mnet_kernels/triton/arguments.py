@@ -36,13 +36,15 @@ def check(
         torch._check(t is None or (t.shape == weight.shape[:1] and t.dtype == torch.float32))
 
 
-def empty_output(x, weight, stride, padding, dilation) -> Tensor:
+def empty_output(x, weight, stride, padding, dilation, outputs=None) -> Tensor:
+    """Of a convolution, or of one with ``outputs`` channels and the same pixels."""
     stride, dilation = pair(stride), pair(dilation)
     top, left, bottom, right = explicit_padding(x, weight, stride, padding, dilation)
     room_h = x.shape[2] + top + bottom - (weight.shape[2] - 1) * dilation[0] - 1
     room_w = x.shape[3] + left + right - (weight.shape[3] - 1) * dilation[1] - 1
     torch._check(room_h >= 0 and room_w >= 0)
-    shape = (x.shape[0], weight.shape[0], room_h // stride[0] + 1, room_w // stride[1] + 1)
+    size = (room_h // stride[0] + 1, room_w // stride[1] + 1)
+    shape = (x.shape[0], outputs or weight.shape[0], *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
