@@ -15,6 +15,8 @@ import torch
 from gradient_rulers import assert_gradients, gradients
 from rulers import assert_correct, problem
 from test_cuda import ANY, DTYPES, FAST, SHAPES, both_layouts
+from test_triton_separable import CASES, Block
+from test_triton_training import check as check_training
 
 from mnet_kernels import backends, ops
 from mnet_kernels.reference import ACTIVATIONS
@@ -81,6 +83,43 @@ def test_activations(channels_last, activation):
     )  # fmt: skip
     p.shift *= 4  # reach all branches
     check(p)
+
+
+@pytest.mark.usefixtures("untuned")
+@both_layouts
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "stride"), [((3, 24, 14, 14), 1), ((4, 9, 15, 16), 2)], ids=str)
+def test_training(shape, stride, dtype, channels_last):
+    p = problem(
+        shape, dtype=dtype, channels_last=channels_last, device=DEVICE, stride=stride, padding=1,
+        activation="relu6",
+    )  # fmt: skip
+    check_training(p)
+
+
+@both_layouts
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "outputs", "kernel", "constants"), CASES[:6], ids=str)
+def test_separable(shape, outputs, kernel, constants, dtype, channels_last):
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        block = Block(
+            shape, outputs, kernel, dtype=dtype, channels_last=channels_last, device=DEVICE,
+            **constants,
+        )  # fmt: skip
+        block.assert_correct(block.run())
+
+
+@on_a_gpu
+def test_float32_products_follow_cudnns_flag():
+    """TF32 keeps 11 bits of a factor."""
+    block = Block((1, 64, 14, 14), 64, padding=1, channels_last=True, device=DEVICE)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        block.assert_correct(block.run())
+        full = block.run()
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        short = block.run()
+    error = (short - full).abs().max() / full.abs().max()
+    assert 0 < error < 2.0**-7
 
 
 @on_a_gpu

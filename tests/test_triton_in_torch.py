@@ -184,6 +184,34 @@ def test_torch_compile_sees_the_kernels(channels_last):
 
 
 @traced
+def test_torch_compile_sees_the_kernels_of_training_and_of_a_pair():
+    from mnet_kernels.triton import operators
+
+    geometry = ((1, 1), (1, 1, 1, 1), (1, 1))
+
+    def step(x, weight, gamma, pointwise):
+        constants = (*geometry, "relu6", 0.01, 1e-5)
+        y, *statistics = operators.dwconv_bn_act_training(x, weight, gamma, None, *constants)
+        gradients = operators.dwconv_bn_act_training_backward(
+            y, x, weight, gamma, None, *statistics, *constants, True, True
+        )
+        pair = operators.separable_conv(
+            x, weight, gamma, None, pointwise, None, None, None, *geometry, "relu6", "silu", 0.01
+        )
+        return *gradients, pair
+
+    with FakeTensorMode():
+        x = torch.empty(4, 8, 14, 14, device="cuda").to(memory_format=torch.channels_last)
+        weight, gamma = torch.empty(8, 1, 3, 3, device="cuda"), torch.empty(8, device="cuda")
+        pointwise = torch.empty(12, 8, 1, 1, device="cuda")
+        graph = make_fx(dispatch_functionalize(step), tracing_mode="fake")(
+            x, weight, gamma, pointwise
+        )
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert sum("triton_kernel_wrapper" in name for name in names) == 3 + 5 + 1
+
+
+@traced
 def test_export_keeps_the_operator_with_a_dynamic_batch():
     class Layer(torch.nn.Module):
         def forward(self, x, weight):

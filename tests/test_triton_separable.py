@@ -35,13 +35,13 @@ class Block:
         self.constants = (
             stride, padding, dilation, c["activation"], self.pw_activation, c["slope"],
         )  # fmt: skip
-        dtype, inner = p.x.dtype, p.weight.shape[0]
-        weight = torch.randn(outputs, inner, 1, 1, dtype=torch.float64).to(dtype)
-        scale, shift = torch.rand(outputs) + 0.5, torch.randn(outputs)
+        inner = p.weight.shape[0]
+        weight = torch.randn(outputs, inner, 1, 1, dtype=torch.float64).to(p.x)
+        scale, shift = (t.to(p.x.device) for t in (torch.rand(outputs) + 0.5, torch.randn(outputs)))
         self.tensors = [*p.tensors, weight, *((scale, shift) if affine else (None, None)), None]
         if residual:
             size = self.exact().shape
-            self.tensors[7] = torch.randn(size, dtype=torch.float64).to(dtype)
+            self.tensors[7] = torch.randn(size, dtype=torch.float64).to(p.x)
 
     def run(self, tensors=None):
         from mnet_kernels.triton.operators import separable_conv
@@ -49,8 +49,8 @@ class Block:
         return separable_conv(*(tensors or self.tensors), *self.constants)
 
     def exact(self, tensors=None, dtype=torch.float64):
-        """In plain PyTorch, in the dtype."""
-        tensors = [None if t is None else t.to(dtype) for t in tensors or self.tensors]
+        """In plain PyTorch, in the dtype, on the CPU."""
+        tensors = [None if t is None else t.to("cpu", dtype) for t in tensors or self.tensors]
         x, weight, scale, shift, pw_weight, pw_scale, pw_shift, residual = tensors
         stride, padding, dilation, dw_activation, pw_activation, slope = self.constants
         y = reference.dwconv_bn_act(
@@ -70,8 +70,9 @@ class Block:
         assert (y.shape, y.dtype) == (exact.shape, dtype)
         middle, magnitude = rulers.reference(self.depthwise)
         middle_error = rulers.tolerance(self.depthwise, middle, magnitude)
-        *_, weight, scale, shift, residual = (None if t is None else t.double()
-                                              for t in self.tensors)  # fmt: skip
+        *_, weight, scale, shift, residual = (
+            None if t is None else t.cpu().double() for t in self.tensors
+        )
         by = 1 if scale is None else scale.abs().view(EACH)
         offset = 0 if shift is None else shift.abs().view(EACH)
 
@@ -83,7 +84,7 @@ class Block:
         error = 1.5 * error  # no activation is steeper
         added = 0 if residual is None else residual.abs()
         allowed = error + 2 * ROUNDING[dtype] * (exact.abs() + added + error) + SMALLEST[dtype]
-        wrong = ~((y.double() - exact).abs() <= allowed)  # NaN is wrong
+        wrong = ~((y.cpu().double() - exact).abs() <= allowed)  # NaN is wrong
         assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} elements are off"
 
 

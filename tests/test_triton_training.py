@@ -48,7 +48,7 @@ def check(p, eps=1e-5) -> None:
     assert_forward(t, y, mean, var)
     assert not mean.requires_grad
     assert y.is_contiguous() or not p.x.is_contiguous()
-    dy = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
+    dy = torch.randn(y.shape, dtype=torch.float64).to(y)
     found = iter(torch.autograd.grad(y, given, dy))
     assert_gradients(t, dy, [None if v is None else next(found) for v in leaves])
 
