@@ -125,7 +125,8 @@ def _fits(kind: list, config: dict[str, int], itemsize: int, shape: dict[str, An
 def prune_separable(itemsize: int, shape: dict[str, Any]) -> list[triton.Config]:
     """The configurations of SEPARABLE with the narrowest block that holds K channels, or else with
     the widest there is; in between 32 channels at a time where registers have room for them."""
-    blocks = sorted({c.kwargs["BLOCK_K"] for c in SEPARABLE})
+    widest = 256 if shape["CHANNELS_LAST"] else 128
+    blocks = sorted({c.kwargs["BLOCK_K"] for c in SEPARABLE if c.kwargs["BLOCK_K"] <= widest})
     block = next((b for b in blocks if b >= shape["K"]), blocks[-1])
 
     def fits(config: dict[str, int]) -> bool:
