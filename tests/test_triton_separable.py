@@ -94,7 +94,7 @@ CASES = [
     ((2, 9, 7, 6), 24, (3, 3), {"padding": 1}),
     ((1, 33, 9, 7), 31, (3, 3), {"padding": 1, "residual": True, "activation": "silu"}),
     ((1, 32, 8, 8), 65, (3, 3), {"padding": 1, "stride": 2, "pw_activation": "identity"}),
-    ((1, 16, 8, 8), 64, (3, 3), {"padding": "same", "stride": 2, "residual": True}),
+    ((6, 16, 9, 9), 64, (3, 3), {"padding": "same", "stride": 2, "residual": True}),
     ((3, 40, 7, 7), 130, (3, 3), {"padding": (0, 0, 1, 1), "activation": "relu6"}),
     ((1, 17, 6, 6), 300, (3, 3), {"dilation": 2, "padding": 2, "affine": False}),
     ((1, 7, 9, 10), 20, (5, 5), {"padding": 2, "multiplier": 2, "pw_activation": "hardswish"}),
