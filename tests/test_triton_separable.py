@@ -127,8 +127,8 @@ def test_every_configuration(monkeypatch):
 
     for choice in range(3):
         monkeypatch.setattr(launch, "interpreted_choice", choice)
-        for outputs in (24, 60, 100, 270):
-            block = Block((2, 36, 9, 8), outputs, padding=1, channels_last=True, residual=True)
+        for outputs in (60, 270):
+            block = Block((1, 20, 9, 8), outputs, padding=1, channels_last=True, residual=True)
             block.assert_correct(block.run())
 
 
@@ -162,10 +162,9 @@ def test_inf_and_nan_stay_where_they_are():
     assert y[0][:, 1, 3].isnan().all()
 
 
-@both_layouts
-def test_gradients_are_those_of_the_halves(channels_last):
+def test_gradients_are_those_of_the_halves():
     block = Block(
-        (2, 6, 5, 6), 7, padding=1, stride=2, channels_last=channels_last, residual=True,
+        (1, 6, 5, 6), 7, padding=1, stride=2, channels_last=True, residual=True,
         activation="silu", pw_activation="hardswish",
     )  # fmt: skip
     results = []
