@@ -44,6 +44,8 @@ setuptools.dist.Distribution.parse_config_files = lambda *_, **__: None
 sys.argv = ["setup.py", "build_ext", "--inplace"]
 runpy.run_path("setup.py", run_name="__main__")
 """
+#: Rows of the second backend, beside those of CUDA, which are named by the layout alone.
+TRITON = ("channels_last, triton", "contiguous, triton")
 _Stage = dict[str, Any]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnet_kernels.nn import FusedConv2d
+from mnet_kernels.backends import NAMES, TRITON_INTERPRETED, why_not
+from mnet_kernels.nn import FusedConv2d, Fusion, is_depthwise
 from mnet_kernels.pairs import measure as measure_pairs
 from mnet_kernels.pairs import pairs, runners
 from mnet_kernels.plan import Plan
@@ -69,7 +71,11 @@ class Explanation:
         """Write which sites run fused, for ``swap(model, decisions=path)``."""
         patterns = {site.conv: site.pattern for site in self._plan.sites}
         content = {
-            name: {"pattern": patterns[name], "native": module.fusion.declined}
+            name: {
+                "pattern": patterns[name],
+                "native": module.fusion.declined,
+                "backend": module.fusion.preferred,
+            }
             | ({} if module.fusion.pair is None else {"pair": module.fusion.pair})
             for name, module in self._fused.items()
         }
@@ -119,6 +125,8 @@ def _row(name: str, pattern: str, note: str, module: FusedConv2d) -> Row:
 
     fusion = module.fusion
     backend, reason = served(module.uses_batch_statistics())
+    if reason is None and backend == fusion.preferred:
+        reason = "measured faster than the usual backend"
     training, why = served(fusion.norm is not None and fusion.batch_statistics)
     text = "; ".join(part for part in (reason, note) if part)
     return Row(name, pattern, backend, text, training, "" if why is None else why)
@@ -157,7 +165,8 @@ def load(path: str | PathLike[str], plan: Plan, fused: dict[str, FusedConv2d]) -
         raise ValueError(f"{where} {who} {name!r}, the other has not")
     patterns = {site.conv: site.pattern for site in plan.sites}
     for name, entry in content.items():
-        if not isinstance(entry, dict) or set(entry) - {"pair"} != {"pattern", "native"}:
+        # "backend" and "pair" came later: files without them are older.
+        if not isinstance(entry, dict) or set(entry) - {"backend", "pair"} != {"pattern", "native"}:
             raise ValueError(
                 f'{where} site {name!r}: expected "pattern" and "native", got {entry!r}'
             )
@@ -174,22 +183,32 @@ def load(path: str | PathLike[str], plan: Plan, fused: dict[str, FusedConv2d]) -
             raise ValueError(
                 f'{where} site {name!r}: "pair": expected true or false, got {entry["pair"]!r}'
             )
+        if entry.get("backend") not in (None, *NAMES):
+            raise ValueError(
+                f'{where} site {name!r}: "backend": expected null or one of {", ".join(NAMES)}, '
+                f"got {entry['backend']!r}"
+            )
     for name, entry in content.items():
         fused[name].fusion.declined = entry["native"]
+        fused[name].fusion.preferred = entry.get("backend")
         fused[name].fusion.pair = entry.get("pair")
 
 
 def measure(
     fast: nn.Module, fused: dict[str, FusedConv2d], inputs: tuple[Any, ...], of_pairs: bool
 ) -> None:
-    """Leave native every site that is not faster fused, on the input it gets from ``inputs``; then
-    the same for pairs in one pass."""
-    spent: dict[str, list[float]] = {name: [0.0, 0.0] for name in fused}
+    """Set every site to the fastest way there is for the input that it gets from ``inputs``: one of
+    the backends that serve it, or native; then the same for pairs in one pass."""
+    spent: dict[str, dict[str, float]] = {name: {} for name in fused}
 
     def hook(name: str, module: FusedConv2d, args: tuple[Tensor, ...]) -> None:
-        if module.why_native(args[0].device, args[0].dtype) is None:
-            for number, seconds in enumerate(_race(module.forward_native, module.forward, args[0])):
-                spent[name][number] += seconds
+        x = args[0]
+        if module.why_native(x.device, x.dtype) is None:
+            ways = {"native": module.forward_native} | {
+                backend: site.forward for backend, site in _candidates(module, x).items()
+            }
+            for way, seconds in _race(ways, x).items():
+                spent[name][way] = spent[name].get(way, 0.0) + seconds
 
     handles = [
         module.register_forward_pre_hook(lambda module, args, name=name: hook(name, module, args))
@@ -201,9 +220,9 @@ def measure(
     finally:
         for handle in handles:
             handle.remove()
-    for name, (native, ours) in spent.items():
-        if ours > native:
-            fused[name].fusion.declined = f"left native: measured {native / ours:.2f}x"
+    for name, took in spent.items():
+        if took:
+            _settle(fused[name].fusion, took)
     if not of_pairs:
         return
     with _eval_mode(fast), torch.no_grad():
@@ -212,14 +231,37 @@ def measure(
             measure_pairs(runner)
 
 
-def _race(native: Any, ours: Any, x: Tensor) -> tuple[float, float]:
+def _settle(fusion: Fusion, took: dict[str, float]) -> None:
+    """took: seconds of "native" and of each backend, the one that is chosen unmeasured first."""
+    native, *backends = took
+    best = min(backends, key=lambda name: took[name])
+    if took[best] > took[native]:
+        fusion.declined = f"left native: measured {took[native] / took[best]:.2f}x"
+    elif best != backends[0]:
+        fusion.preferred = best
+
+
+def _candidates(module: FusedConv2d, x: Tensor) -> dict[str, FusedConv2d]:
+    """The site once for every backend that can run it; each keeps constants of its own."""
+    usual = module.serving(x.device, x.dtype)
+    sites = {usual: module}
+    if is_depthwise(module) and module.fusion.backend is None and not TRITON_INTERPRETED:
+        for name in NAMES:
+            serves = why_not(name, device=x.device, dtype=x.dtype) is None
+            if serves and name not in (usual, "native"):
+                sites[name] = copy.copy(module)
+                sites[name].fusion = replace(module.fusion, preferred=name)
+    return sites
+
+
+def _race(ways: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor) -> dict[str, float]:
     """Median seconds of each, taking turns."""
     done = interleave(
-        {"native": partial(native, x), "ours": partial(ours, x)},
+        {name: partial(way, x) for name, way in ways.items()},
         rounds=_ROUNDS,
         synchronize=partial(torch.cuda.synchronize, x.device) if x.is_cuda else None,
     )
-    return done["native"].median, done["ours"].median
+    return {name: spread.median for name, spread in done.items()}
 
 
 @contextmanager

@@ -4,13 +4,11 @@ tolerance, carried through the backward from that of rulers.py."""
 from __future__ import annotations
 
 import torch
-from rulers import ROUNDING, SMALLEST, Problem
+from rulers import KINKS, ROUNDING, SMALLEST, Problem
 from torch import Tensor
 
 from mnet_kernels import ops, reference
 
-#: Where an activation's derivative jumps, by less than 1.
-KNEES = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "hardswish": (-3, 3)}
 NAMES = ("dx", "dweight", "dscale", "dshift")
 
 
@@ -26,7 +24,7 @@ def gradients(p: Problem, dy: Tensor, backend: str | None = None) -> list[Tensor
 def exact_gradients(p: Problem, dy: Tensor) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """In float64 on the CPU, and the |error| that each element may have.
 
-    z is known to its own rounding (rulers.tolerance), and with it act'(z), except at a knee beside
+    z is known to its own rounding (rulers.tolerance), and with it act'(z), except at a kink beside
     which z lies. dconv is rounded to the tensors' dtype before its sums are taken; a sum has a
     rounding for every term, and one more to its dtype.
     """
@@ -65,8 +63,8 @@ def exact_gradients(p: Problem, dy: Tensor) -> tuple[list[Tensor | None], list[T
     conv_error = (taps + 8) * step * conv(x.abs(), weight.abs())
     z_error = conv_error * factor.abs() + (taps + 8) * step * offset.abs()
     dz_error = dy.abs() * (z_error + 16 * step)
-    for knee in KNEES.get(activation, ()):
-        dz_error = dz_error + dy.abs() * ((z - knee).abs() <= z_error)
+    for kink in KINKS.get(activation, ()):
+        dz_error = dz_error + dy.abs() * ((z - kink).abs() <= z_error)
     dconv = (dz * factor).abs()
     dconv_error = dz_error * factor.abs() + to_dtype * dconv + smallest
 

@@ -29,7 +29,7 @@ BACKEND: str | None = None
 
 def use_triton_interpreter() -> None:
     """Sends the operator tests to the Triton backend. Triton's interpreter cuts a float32 off to
-    bfloat16 where every GPU rounds it: mended here."""
+    bfloat16 where every GPU rounds it, and more: mended here."""
     global BACKEND, DTYPES
     from triton.runtime import interpreter
 
@@ -48,6 +48,20 @@ def use_triton_interpreter() -> None:
         return convert(values, source, target, rounding)
 
     interpreter._convert_float = exact
+
+    # It multiplies matrices of bfloat16 by their bits.
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def product(self, a, b, *rest):
+        wide = interpreter.tl.float32
+        a, b = (
+            interpreter.TensorHandle(exact(t.data, t.dtype.scalar, wide, None), wide)
+            if t.dtype.scalar.name == "bf16" else t
+            for t in (a, b)
+        )  # fmt: skip
+        return dot(self, a, b, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = product
 
     # It also prepares triton.language again at every call within a kernel: most of the time.
     call = interpreter.InterpretedFunction.__call__

@@ -12,8 +12,8 @@ import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
-from mnet_kernels import decisions
-from mnet_kernels.nn import DepthwiseConvBNAct, FusedConv2d
+from mnet_kernels import backends, decisions, ops
+from mnet_kernels.nn import DepthwiseConvBNAct, FusedConv2d, _server
 from mnet_kernels.swap import explain, restore, sites, swap
 
 
@@ -885,7 +885,9 @@ def test_dense_site_runs_in_channels_last():
 def test_measured_decisions(monkeypatch, tmp_path):
     model = two_layers()
     times = iter([(1.0, 2.0), (3.0, 1.0)])
-    monkeypatch.setattr(decisions, "_race", lambda native, ours, x: next(times))
+    monkeypatch.setattr(
+        decisions, "_race", lambda ways, x: dict(zip(ways, next(times), strict=True))
+    )
     x = image(2, 8, 6, 6)
     fast = swap(model.train(), example_inputs=x).eval()
     assert model.training and next(times, None) is None
@@ -895,6 +897,45 @@ def test_measured_decisions(monkeypatch, tmp_path):
     explain(fast).save(tmp_path / "decisions.json")
     again = swap(model, decisions=tmp_path / "decisions.json")
     assert explain(again).rows == explain(fast).rows
+
+
+@pytest.fixture
+def _choices_forgotten():
+    yield
+    _server.cache_clear()
+
+
+@pytest.mark.usefixtures("_choices_forgotten")
+def test_the_fastest_of_several_backends_is_chosen(monkeypatch, tmp_path):
+    """Where two can serve, as cuda and triton on a GPU: here triton is let on the CPU."""
+    served = []
+
+    def triton(*args):
+        served.append("triton")
+        return ops._dwconv_bn_act(*args)
+
+    monkeypatch.setitem(backends._PREDICATES, "triton", lambda device, dtype: None)
+    monkeypatch.setattr(ops, "_triton_dwconv_bn_act", triton)
+    times = {"native": 3.0, "cpu": 2.0, "triton": 1.0}
+
+    def race(ways, x):
+        for call in ways.values():
+            call(x)
+        return {name: times.get(name, 1.0) for name in ways}
+
+    monkeypatch.setattr(decisions, "_race", race)
+    model, x = two_layers(), image(2, 8, 6, 6)
+    fast = swap(model, example_inputs=x)
+    row = explain(fast).rows[0]
+    assert (row.backend, row.reason) == ("triton", "measured faster than the usual backend")
+    del served[:]
+    assert_same(model, fast, x)
+    assert served == ["triton"]
+    explain(fast).save(tmp_path / "decisions.json")
+    assert explain(swap(model, decisions=tmp_path / "decisions.json")).rows == explain(fast).rows
+    assert explain(swap(model, "cpu", example_inputs=x)).rows[0].backend == "cpu"
+    times["native"] = 0.5
+    assert explain(swap(model, example_inputs=x)).rows[0].reason == "left native: measured 0.50x"
 
 
 def test_measuring_for_real_changes_nothing_else():
@@ -927,6 +968,10 @@ GOOD = {
         (
             {**GOOD, "1.0": {**GOOD["1.0"], "native": 1}},
             """site '1.0': "native": expected null or a reason, got 1""",
+        ),
+        (
+            {**GOOD, "1.0": {**GOOD["1.0"], "backend": "gpu"}},
+            """site '1.0': "backend": expected null or one of cpu, cuda, triton,""",
         ),
         (None, "cannot be read"),
     ],

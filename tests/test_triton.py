@@ -32,6 +32,8 @@ RUNS = {
         "not fast_paths and not threads and not beyond and not 2_to_31 and not no_less_accurate",
     ),
     "gradients": (("test_fused_gradients.py",), "0/5", ""),
+    "training": (("test_triton_training.py",), "0/3", ""),
+    "separable": (("test_triton_separable.py",), "0/2", ""),
     "torch": (("test_triton_in_torch.py", "test_bad_input.py"), "0/1", ""),
 }  # fmt: skip
 

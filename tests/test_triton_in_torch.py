@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import rulers
@@ -183,7 +184,80 @@ def test_torch_compile_sees_the_kernels(channels_last):
 
 
 @traced
-def test_why_triton_cannot_serve_here():
+def test_torch_compile_sees_the_kernels_of_training_and_of_a_pair():
+    from mnet_kernels.triton import operators
+
+    geometry = ((1, 1), (1, 1, 1, 1), (1, 1))
+
+    def step(x, weight, gamma, pointwise):
+        constants = (*geometry, "relu6", 0.01, 1e-5)
+        y, *statistics = operators.dwconv_bn_act_training(x, weight, gamma, None, *constants)
+        gradients = operators.dwconv_bn_act_training_backward(
+            y, x, weight, gamma, None, *statistics, *constants, True, True
+        )
+        pair = operators.separable_conv(
+            x, weight, gamma, None, pointwise, None, None, None, *geometry, "relu6", "silu", 0.01
+        )
+        return *gradients, pair
+
+    with FakeTensorMode():
+        x = torch.empty(4, 8, 14, 14, device="cuda").to(memory_format=torch.channels_last)
+        weight, gamma = torch.empty(8, 1, 3, 3, device="cuda"), torch.empty(8, device="cuda")
+        pointwise = torch.empty(12, 8, 1, 1, device="cuda")
+        graph = make_fx(dispatch_functionalize(step), tracing_mode="fake")(
+            x, weight, gamma, pointwise
+        )
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert sum("triton_kernel_wrapper" in name for name in names) == 3 + 5 + 1
+
+
+@traced
+def test_export_keeps_the_operator_with_a_dynamic_batch():
+    class Layer(torch.nn.Module):
+        def forward(self, x, weight):
+            return operators.dwconv_bn_act(x * 2, weight, None, None, *CONSTANTS).mean((2, 3))
+
+    from mnet_kernels.triton import operators
+
+    with FakeTensorMode():
+        x, weight = torch.empty(4, 8, 9, 9, device="cuda"), torch.empty(8, 1, 3, 3, device="cuda")
+        batch = torch.export.Dim("batch", min=1, max=64)
+        program = torch.export.export(Layer(), (x, weight), dynamic_shapes=({0: batch}, None))
+    assert "dwconv_bn_act_triton" in str(program.graph)
+    assert program.range_constraints
+
+
+@traced
+def test_another_batch_tunes_nothing(monkeypatch):
+    """Another size of the planes does."""
+    from mnet_kernels.triton import arguments
+    from mnet_kernels.triton.dwconv_bn_act import _forward
+
+    tuned = []
+    monkeypatch.setattr(_forward, "cache", {})
+    monkeypatch.setattr(_forward, "cache_results", False)
+    monkeypatch.setattr(
+        _forward, "_bench", lambda *args, config, **kwargs: tuned.append(config) or 1.0
+    )
+    monkeypatch.setattr(_forward, "fn", SimpleNamespace(run=lambda *args, **kwargs: None))
+
+    def call(batch, size):
+        p = problem((batch, 8, size, size), channels_last=True, padding=1)
+        sizes = arguments.Call(p.x, p.weight, p.x, 1, (1, 1), 1)
+        _forward.run(
+            *p.tensors, p.x, *sizes.sizes, 0.01, grid=(1,), ACTIVATION="relu",
+            UNROLL=sizes.unrolled, **sizes.constants,
+        )  # fmt: skip
+        return len(tuned)
+
+    first = call(2, 14)
+    assert 1 < first <= 3
+    assert call(7, 14) == first
+    assert call(7, 12) > first
+
+
+@traced
+def test_why_triton_cannot_serve_here(monkeypatch):
     reason = backends.why_not("triton")
     assert re.fullmatch(
         r"the triton backend serves GPU tensors, not cpu \(.*TRITON_INTERPRET.*\)", reason
@@ -195,3 +269,7 @@ def test_why_triton_cannot_serve_here():
         assert backends.why_not("triton", device="cuda") == (
             "the triton backend needs a GPU, and torch sees none"
         )
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    assert backends.why_not("triton", device="cuda") == (
+        "the triton backend needs the package triton, which is not installed"
+    )

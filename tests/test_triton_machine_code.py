@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 if rulers.BACKEND == "triton":
     pytest.skip("Triton's interpreter compiles nothing", allow_module_level=True)
 
-from triton_machine_code import FEW, KERNELS, Case, facts
+from triton_machine_code import FEW, KERNELS, MERGES, SEPARABLE, TARGETS, TRAINING, Case, facts
 
 LAYERS = [
     {"stride": 2},
@@ -34,6 +34,17 @@ CASES = [
     *(Case(k, **layer) for k in KERNELS for layer in LAYERS_OF_CHANNELS_LAST),
     *(Case(case.kernel, target, channels_last=case.channels_last)
       for case in FEW for target in ("sm_80", "sm_100", "gfx942")),
+    *(Case(k, target, channels_last=last, dtype=dtype)
+      for k, dtype in zip(TRAINING, 2 * (torch.bfloat16, torch.float32), strict=True)
+      for target in TARGETS for last in (True, False)),
+    *(Case(k, taps=7, size=14) for k in ("statistics", "training_sums")),
+    *(Case(k, target, dtype, last, channels, size, precision=precision)
+      for k in SEPARABLE for target in TARGETS
+      for dtype, precision, last, channels, size in [
+          (torch.bfloat16, "ieee", True, 128, 28), (torch.bfloat16, "ieee", False, 256, 28),
+          (torch.float32, "ieee", True, 64, 56)]),
+    *(Case(k, "sm_90", torch.float32, True, 512, 14) for k in SEPARABLE),
+    *(Case(k, target) for k in MERGES for target in ("sm_90", "gfx942")),
 ]  # fmt: skip
 CASES = [case for case in CASES if case.choice < len(case.configurations())]
 
@@ -54,7 +65,11 @@ def test_nothing_spills(compiled, case, record_property):
     assert found["stack"] == 0, found
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.channels_last and c.taps < 9], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.channels_last and c.taps < 9 and c.kernel in KERNELS | TRAINING],
+    ids=str,
+)
 def test_channels_last_moves_16_bytes_at_once(compiled, case):
     found = compiled[case].result()
     # Taps, scale and shift are float32 or of the tensors' type: 16 bytes for each too.
@@ -65,7 +80,14 @@ def test_channels_last_moves_16_bytes_at_once(compiled, case):
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in CASES if not c.channels_last and c.size == 56 and c.target.startswith("sm")],
+    [
+        c
+        for c in CASES
+        if not c.channels_last
+        and c.size == 56
+        and c.target.startswith("sm")
+        and c.kernel in KERNELS
+    ],
     ids=str,
 )
 def test_contiguous_moves_16_bytes_at_once(compiled, case):
@@ -87,3 +109,12 @@ def test_no_input_is_loaded_twice(compiled, choice):
     config = found["config"]
     taps, affine = 9, 4  # 8 scales and 8 shifts in float32
     assert found["loads"] == (config["ROWS"] + 2) * (config["COLS"] + 2) + taps + affine, found
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.kernel in SEPARABLE], ids=str)
+def test_the_pointwise_half_runs_on_the_matrix_units(compiled, case):
+    found = compiled[case].result()
+    plain = case.precision == "ieee" and case.dtype == torch.float32  # float32 without losses
+    assert (found["matrix"] == 0) == (plain and case.target.startswith("sm")), found
+    if case.channels_last and case.target.startswith("sm"):
+        assert found["wide_stores"] == found["stores"] > 0

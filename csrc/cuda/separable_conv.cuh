@@ -208,8 +208,17 @@ __device__ __forceinline__ void store_outputs(const SeparableCall& call, bool wi
   }
 }
 
+// Blocks a multiprocessor that registers are kept free for: shared memory allows one on sm_80.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <typename Tile>
+constexpr int kSeparableBlocks = 1;
+#else
+template <typename Tile>
+constexpr int kSeparableBlocks = Tile::kBlocks;
+#endif
+
 template <typename Element, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
+__global__ void __launch_bounds__(Tile::kThreads, kSeparableBlocks<Tile>)
     separable_conv_kernel(const SeparableCall call, const SeparablePlan plan) {
   constexpr int kStages = Tile::kStages;
   constexpr int kStep = 32 / sizeof(Element);  // channels

@@ -48,6 +48,8 @@ class Fusion:
     pair: bool | None = None
     #: Why this site was set to run native, if it was.
     declined: str | None = None
+    #: With ``backend`` None: the one to take where it can serve, before the usual order.
+    preferred: str | None = None
 
 
 class FusedConv2d(nn.Conv2d):
@@ -108,10 +110,10 @@ class FusedConv2d(nn.Conv2d):
                 return f"{why}: native in training mode"
             if not is_depthwise(self) and self._norm_server(device, dtype) is None:
                 return "convolutions that are not depthwise are native in training mode"
-            return _server(fusion.backend, str(device), dtype, True)[1]
+            return _server(fusion.backend, None, str(device), dtype, True)[1]
         if not is_depthwise(self) or torch.compiler.is_compiling():
             return None  # the fold needs nothing but native operators
-        return _server(fusion.backend, str(device), dtype)[1]
+        return _server(fusion.backend, fusion.preferred, str(device), dtype)[1]
 
     def serving(
         self, device: torch.device | str, dtype: torch.dtype, in_training: bool = False
@@ -123,7 +125,8 @@ class FusedConv2d(nn.Conv2d):
             packs = self.groups == 1 and ops.packs(dtype)
             on_cpu = self.fusion.backend in (None, "cpu") and torch.device(device).type == "cpu"
             return "cpu" if packs and on_cpu and self.fusion.free_layout else "folded"
-        return _server(self.fusion.backend, str(device), dtype, in_training)[0]
+        preferred = None if in_training else self.fusion.preferred
+        return _server(self.fusion.backend, preferred, str(device), dtype, in_training)[0]
 
     def _norm_server(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
         """Where the norm after a convolution that is not depthwise is trained by our operator."""
@@ -184,7 +187,7 @@ class FusedConv2d(nn.Conv2d):
             dilation=self.dilation,
             activation=fusion.activation,
             slope=fusion.slope,
-            backend=fusion.backend,
+            backend=self.serving(x.device, x.dtype) if fusion.preferred else fusion.backend,
         )
 
     def _dense_training(self, x: Tensor) -> Tensor:
@@ -382,19 +385,24 @@ def _zero_pad(x: Tensor, edges: _Edges) -> Tensor:
 # What backends there are is nothing for torch.compile to trace.
 @torch.compiler.assume_constant_result
 def _server(
-    backend: str | None, place: str, dtype: torch.dtype, in_training: bool = False
+    backend: str | None,
+    preferred: str | None,
+    place: str,
+    dtype: torch.dtype,
+    in_training: bool = False,
 ) -> tuple[str, str | None]:
     """The backend that serves, or "native" and why neither the named one nor any other does."""
-    return _found(backend, place, dtype, in_training)
+    return _found(backend, preferred, place, dtype, in_training)
 
 
 @functools.cache
 def _found(
-    backend: str | None, place: str, dtype: torch.dtype, in_training: bool
+    backend: str | None, preferred: str | None, place: str, dtype: torch.dtype, in_training: bool
 ) -> tuple[str, str | None]:
     device = torch.device(place)
     reasons = []
-    for name in _FUSED if backend is None else (backend,):
+    usual = _FUSED if backend is None else (backend,)
+    for name in usual if preferred is None else (preferred, *usual):
         reason = backends.why_not(name, device=device, dtype=dtype)
         if reason is None and in_training and name != "native":
             reason = training.lacks(name)

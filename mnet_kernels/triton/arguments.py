@@ -22,12 +22,13 @@ def dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def check(x, weight, scale, shift, stride, padding, dilation, activation, slope) -> None:
+def check(
+    x, weight, scale, shift, stride, padding, dilation, activation, slope, op="dwconv_bn_act"
+) -> None:
     """The checks of every backend; while torch traces, those of the shapes that kernels trust."""
     if type(x) is Tensor and not torch.compiler.is_compiling():
         torch.ops.mnet_kernels.check_conv.default(
-            "dwconv_bn_act", x, weight, scale, shift, stride, padding, dilation, 0, activation,
-            slope,
+            op, x, weight, scale, shift, stride, padding, dilation, 0, activation, slope
         )  # fmt: skip
         return
     torch._check(weight.shape[0] % x.shape[1] == 0 and weight.shape[1] == 1)
@@ -35,13 +36,15 @@ def check(x, weight, scale, shift, stride, padding, dilation, activation, slope)
         torch._check(t is None or (t.shape == weight.shape[:1] and t.dtype == torch.float32))
 
 
-def empty_output(x, weight, stride, padding, dilation) -> Tensor:
+def empty_output(x, weight, stride, padding, dilation, outputs=None) -> Tensor:
+    """Of a convolution, or of one with ``outputs`` channels and the same pixels."""
     stride, dilation = pair(stride), pair(dilation)
     top, left, bottom, right = explicit_padding(x, weight, stride, padding, dilation)
     room_h = x.shape[2] + top + bottom - (weight.shape[2] - 1) * dilation[0] - 1
     room_w = x.shape[3] + left + right - (weight.shape[3] - 1) * dilation[1] - 1
     torch._check(room_h >= 0 and room_w >= 0)
-    shape = (x.shape[0], weight.shape[0], room_h // stride[0] + 1, room_w // stride[1] + 1)
+    size = (room_h // stride[0] + 1, room_w // stride[1] + 1)
+    shape = (x.shape[0], outputs or weight.shape[0], *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 

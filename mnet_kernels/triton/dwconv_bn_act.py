@@ -88,6 +88,7 @@ def _forward(
     w_ptr,  # (C*M, KH*KW); (KH*KW, C*M) for channels_last
     scale_ptr,  # (C*M,) float32 or None
     shift_ptr,  # (C*M,) float32 or None
+    mean_ptr,  # (C*M,) float32 or None: taken off the convolution before scale
     y_ptr,  # (N, C*M, OH, OW), laid out as x
     N, H, W, OH, OW, slope,
     C: tl.constexpr, M: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
@@ -108,10 +109,12 @@ def _forward(
     )  # fmt: skip
     scale = per_channel(scale_ptr, k, k_exists, 1.0)
     shift = per_channel(shift_ptr, k, k_exists, 0.0)
+    mean = per_channel(mean_ptr, k, k_exists, 0.0)
     for r in tl.static_range(ROWS):
         y = ()
         for t in tl.static_range(COLS):
-            y = y + (activate(ACTIVATION, conv[r * COLS + t] * scale + shift, slope),)
+            z = (conv[r * COLS + t] - mean) * scale + shift
+            y = y + (activate(ACTIVATION, z, slope),)
         store_row(
             y_ptr, y, n, k, gh * ROWS + r, gw * COLS, exists & k_exists, C * M, OH, OW,
             CHANNELS_LAST, True, LANES,
@@ -131,15 +134,21 @@ def dwconv_bn_act(x, weight, scale, shift, stride, padding, dilation, activation
     if x.shape[0] == 0:
         return y
     call = arguments.Call(x, weight, y, stride, padding, dilation)
+    affine = arguments.dense(scale), arguments.dense(shift)
+    launch_forward(call, call.dense(x), call.taps(weight), *affine, None, y, activation, slope)
+    return y
+
+
+def launch_forward(call, x, taps, scale, shift, mean, y, activation, slope) -> None:
+    """y = act(scale * (depthwise(x, weight) - mean) + shift) on dense tensors."""
 
     def grid(meta):
         return (call.tiles(meta, y.shape) * call.blocks(meta, y.shape[1]),)
 
     wrap_triton(_forward)[grid](
-        call.dense(x), call.taps(weight), arguments.dense(scale), arguments.dense(shift), y,
-        *call.sizes, slope, ACTIVATION=activation, UNROLL=call.unrolled, **call.constants,
+        x, taps, scale, shift, mean, y, *call.sizes, slope, ACTIVATION=activation,
+        UNROLL=call.unrolled, **call.constants,
     )  # fmt: skip
-    return y
 
 
 @dwconv_bn_act.register_fake

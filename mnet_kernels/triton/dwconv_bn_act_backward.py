@@ -6,6 +6,9 @@
 conv is recomputed, not kept. One pass over x and dy writes dconv and sums up dscale and dshift; a
 second gathers dx out of dconv, and a third sums up dweight. Sums go into float32 partials, a row a
 program, which torch adds up in a fixed order: the same call gives the same bits.
+
+dwconv_bn_act_training_backward.py runs the same kernels, the first one twice: its dconv needs the
+sums, as the mean and the variance depend on conv too.
 """
 
 # ruff: noqa: RUF005 (Triton knows no unpacking)
@@ -14,6 +17,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from mnet_kernels.triton import arguments, launch, tuning
 from mnet_kernels.triton.activation import activation_gradient
@@ -29,6 +33,7 @@ from mnet_kernels.triton.tile import (
     pixel,
     store_row,
     weight_at,
+    weights_of_turn,
 )
 
 
@@ -40,8 +45,11 @@ def _backward_conv(
     w_ptr,  # (C*M, KH*KW); (KH*KW, C*M) for channels_last
     scale_ptr,  # (C*M,) float32 or None
     shift_ptr,  # (C*M,) float32 or None
-    dconv_ptr,  # (N, C*M, OH, OW), laid out as x
-    partial_ptr,  # (CHUNKS, 2, C*M) float32: sums of dz * conv and of dz
+    mean_ptr,  # (C*M,) float32 or None: taken off conv wherever it is used
+    linear_ptr,  # (C*M,) float32 or None
+    constant_ptr,  # (C*M,) float32 or None: dconv = dz * scale + linear * conv + constant
+    dconv_ptr,  # (N, C*M, OH, OW), laid out as x, or None
+    partial_ptr,  # (CHUNKS, 2, C*M) float32 or None: sums of dz * conv and of dz
     N, H, W, OH, OW, CHUNKS, slope,
     C: tl.constexpr, M: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
@@ -56,12 +64,16 @@ def _backward_conv(
     k, k_exists = channels(tl.program_id(0) % BLOCKS, C * M, BLOCK_C)
     scale = per_channel(scale_ptr, k, k_exists, 1.0)
     shift = per_channel(shift_ptr, k, k_exists, 0.0)
+    mean = per_channel(mean_ptr, k, k_exists, 0.0)
+    linear = per_channel(linear_ptr, k, k_exists, 0.0)
+    constant = per_channel(constant_ptr, k, k_exists, 0.0)
     dscale = tl.full((LANES, BLOCK_C), 0.0, tl.float32)
     dshift = tl.full((LANES, BLOCK_C), 0.0, tl.float32)
     for tile in range(chunk, tl.cdiv(N * GH * GW, LANES), CHUNKS):
         n, gh, gw, exists = patches(tile, N, GH, GW, LANES, WIDE)
+        taps_ptr = weights_of_turn(w_ptr, tile, chunk, CHUNKS, KH * KW)
         conv = convolve(
-            x_ptr, w_ptr, n, gh, gw, exists, k, k_exists, H, W, C, M, KH, KW, SH, SW, DH, DW,
+            x_ptr, taps_ptr, n, gh, gw, exists, k, k_exists, H, W, C, M, KH, KW, SH, SW, DH, DW,
             TOP, LEFT, CHANNELS_LAST, UNROLL, ROWS, COLS, LANES, BLOCK_C,
         )  # fmt: skip
         for r in tl.static_range(ROWS):
@@ -72,19 +84,26 @@ def _backward_conv(
             )  # fmt: skip
             dconv = ()
             for t in tl.static_range(COLS):
-                z = conv[r * COLS + t] * scale + shift
+                centred = conv[r * COLS + t] - mean
+                z = centred * scale + shift
                 dz = activation_gradient(ACTIVATION, dy[t].to(tl.float32), z, slope)
-                inside = exists & (h < OH) & (gw * COLS + t < OW)
-                dscale += tl.where(inside, dz * conv[r * COLS + t], 0.0)
-                dshift += tl.where(inside, dz, 0.0)
-                dconv = dconv + (dz * scale,)
-            store_row(
-                dconv_ptr, dconv, n, k, h, gw * COLS, exists & k_exists, C * M, OH, OW,
-                CHANNELS_LAST, True, LANES,
-            )  # fmt: skip
-    partial = partial_ptr + chunk * (2 * C * M) + k
-    tl.store(partial, tl.sum(dscale, 0)[None, :], k_exists)
-    tl.store(partial + C * M, tl.sum(dshift, 0)[None, :], k_exists)
+                if partial_ptr is not None:
+                    inside = exists & (h < OH) & (gw * COLS + t < OW)
+                    dscale += tl.where(inside, dz * centred, 0.0)
+                    dshift += tl.where(inside, dz, 0.0)
+                value = dz * scale
+                if linear_ptr is not None:
+                    value += linear * centred + constant
+                dconv = dconv + (value,)
+            if dconv_ptr is not None:
+                store_row(
+                    dconv_ptr, dconv, n, k, h, gw * COLS, exists & k_exists, C * M, OH, OW,
+                    CHANNELS_LAST, True, LANES,
+                )  # fmt: skip
+    if partial_ptr is not None:
+        partial = partial_ptr + chunk * (2 * C * M) + k
+        tl.store(partial, tl.sum(dscale, 0)[None, :], k_exists)
+        tl.store(partial + C * M, tl.sum(dshift, 0)[None, :], k_exists)
 
 
 @tuning.autotune(tuning.DATA)
@@ -251,48 +270,72 @@ def dwconv_bn_act_backward(
     if x.shape[0] == 0:
         return dx, dweight.zero_(), dscale.zero_(), dshift.zero_()
     call = arguments.Call(x, weight, dy, stride, padding, dilation)
-    N, K, OH, OW = dy.shape
-    # Enough programs to fill a GPU; at least 256 pixels each, so that partials cost little.
-    chunks = max(1, min(1024, N * OH * OW // 256))
     dy, x, taps = call.dense(dy), call.dense(x), call.taps(weight)
-
-    def grid(meta):
-        return (chunks * call.blocks(meta, K),)
-
     dconv = torch.empty_like(dy, memory_format=call.layout)
-    partial = torch.empty((chunks, 2, K), dtype=torch.float32, device=x.device)
-    wrap_triton(_backward_conv)[grid](
-        dy, x, taps, arguments.dense(scale), arguments.dense(shift), dconv, partial,
-        *call.sizes, chunks, slope, ACTIVATION=activation, UNROLL=call.unrolled, **call.constants,
+    partial = partials(dy, 2)
+    launch_conv(
+        call, dy, x, taps, (arguments.dense(scale), arguments.dense(shift), None, None, None),
+        dconv, partial, activation, slope,
     )  # fmt: skip
     sums = partial.sum(0)
     if needed[2]:
         dscale = sums[0].clone()
     if needed[3]:
         dshift = sums[1].clone()
-
     if needed[0]:
-
-        def data_grid(meta):
-            return (call.tiles(meta, x.shape, of_x=True) * call.blocks(meta, x.shape[1]),)
-
-        wrap_triton(_backward_data)[data_grid](
-            dconv, taps, dx, *call.sizes, UNROLL=call.unrolled, **call.constants
-        )
-
+        launch_data(call, dconv, taps, dx)
     if needed[1]:
-        KH, KW = weight.shape[2:]
-        rows, cols = (KH, KW) if KH * KW <= 9 else (1, min(KW, 8))
-
-        def weight_grid(meta):
-            return *grid(meta), arguments.cdiv(KH, rows), arguments.cdiv(KW, cols)
-
-        partial = torch.empty((chunks, KH * KW, K), dtype=torch.float32, device=x.device)
-        wrap_triton(_backward_weight)[weight_grid](
-            dconv, x, partial, *call.sizes, chunks, TAP_ROWS=rows, TAP_COLS=cols, **call.constants
-        )
-        dweight.copy_(partial.sum(0).t().reshape(weight.shape))
+        launch_weight(call, dconv, x, dweight)
     return dx, dweight, dscale, dshift
+
+
+def chunks_of(y: Tensor) -> int:
+    """Parts of the pixels, each with a program and sums of its own: enough to fill a GPU; at least
+    256 pixels each, so that sums cost little."""
+    return max(1, min(1024, y.numel() // y.shape[1] // 256))
+
+
+def partials(y: Tensor, count: int) -> Tensor:
+    """(CHUNKS, count, C*M) float32, uninitialised."""
+    shape = (chunks_of(y), count, y.shape[1])
+    return torch.empty(shape, dtype=torch.float32, device=y.device)
+
+
+def launch_conv(call, dy, x, taps, vectors, dconv, partial, activation, slope) -> None:
+    """vectors: scale, shift, mean, linear, constant; dconv or partial may be None."""
+    chunks = chunks_of(dy)
+
+    def grid(meta):
+        return (chunks * call.blocks(meta, dy.shape[1]),)
+
+    wrap_triton(_backward_conv)[grid](
+        dy, x, taps, *vectors, dconv, partial, *call.sizes, chunks, slope,
+        ACTIVATION=activation, UNROLL=call.unrolled, **call.constants,
+    )  # fmt: skip
+
+
+def launch_data(call, dconv, taps, dx) -> None:
+    def grid(meta):
+        return (call.tiles(meta, dx.shape, of_x=True) * call.blocks(meta, dx.shape[1]),)
+
+    wrap_triton(_backward_data)[grid](
+        dconv, taps, dx, *call.sizes, UNROLL=call.unrolled, **call.constants
+    )
+
+
+def launch_weight(call, dconv, x, dweight) -> None:
+    KH, KW = dweight.shape[2:]
+    rows, cols = (KH, KW) if KH * KW <= 9 else (1, min(KW, 8))
+    chunks, partial = chunks_of(dconv), partials(dconv, KH * KW)
+
+    def grid(meta):
+        blocks = call.blocks(meta, dconv.shape[1])
+        return chunks * blocks, arguments.cdiv(KH, rows), arguments.cdiv(KW, cols)
+
+    wrap_triton(_backward_weight)[grid](
+        dconv, x, partial, *call.sizes, chunks, TAP_ROWS=rows, TAP_COLS=cols, **call.constants
+    )
+    dweight.copy_(partial.sum(0).t().reshape(dweight.shape))
 
 
 @dwconv_bn_act_backward.register_fake

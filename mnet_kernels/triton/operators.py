@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from mnet_kernels import reference
-from mnet_kernels.registration import explicit_padding, pair, register_autocast, register_vmap
+from mnet_kernels.registration import (
+    _library,
+    explicit_padding,
+    pair,
+    register_autocast,
+    register_vmap,
+)
 from mnet_kernels.triton.dwconv_bn_act import dwconv_bn_act
 from mnet_kernels.triton.dwconv_bn_act_backward import dwconv_bn_act_backward
+from mnet_kernels.triton.dwconv_bn_act_training import dwconv_bn_act_training
+from mnet_kernels.triton.dwconv_bn_act_training_backward import dwconv_bn_act_training_backward
+from mnet_kernels.triton.separable_conv import separable_conv
 
-__all__ = ["dwconv_bn_act", "dwconv_bn_act_backward"]
+__all__ = [
+    "dwconv_bn_act",
+    "dwconv_bn_act_backward",
+    "dwconv_bn_act_training",
+    "dwconv_bn_act_training_backward",
+    "separable_conv",
+]
 
 
 def _setup_context(ctx, inputs, output):
@@ -34,12 +50,114 @@ def _differentiable_gradients(dy, tensors, constants, needed):
         *tensors, stride=stride, padding=padding, dilation=dilation, activation=activation,
         slope=slope,
     )  # fmt: skip
+    return _through(y, dy, tensors, needed)
+
+
+def _through(y, dy, tensors, needed, again=True):
+    """dy through the graph of y; again: what comes out can be differentiated again."""
     wanted = [t for t, n in zip(tensors, needed, strict=True) if n]
-    gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=again))
     return [next(gradients) if n else None for n in needed]
 
 
+def _setup_training(ctx, inputs, output):
+    x, weight, gamma, beta, *ctx.constants = inputs
+    _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, weight, gamma, beta, mean, var)
+
+
+def _training_backward(ctx, dy, *_):
+    tensors, constants, needed = ctx.saved_tensors, ctx.constants, ctx.needs_input_grad[:4]
+    if torch.is_grad_enabled():
+        gradients = _differentiable_training_gradients(dy, tensors[:4], constants, needed)
+    else:
+        gradients = dwconv_bn_act_training_backward(
+            dy, *tensors, *constants, needed[0], any(needed[1:])
+        )
+    return *(g if n else None for g, n in zip(gradients, needed, strict=True)), *[None] * 6
+
+
+def _differentiable_training_gradients(dy, tensors, constants, needed):
+    x, weight, gamma, beta = tensors
+    *conv, activation, slope, eps = constants
+    stride, padding, dilation = pair(conv[0]), conv[1], pair(conv[2])
+    padding = explicit_padding(x, weight, stride, padding, dilation)
+    z = reference.dwconv_bn_act(
+        x, weight, stride=stride, padding=padding, dilation=dilation, activation="identity"
+    )
+    z = F.batch_norm(z, None, None, gamma, beta, training=True, eps=eps)
+    return _through(reference.ACTIVATIONS[activation](z, slope), dy, tensors, needed)
+
+
+dwconv_bn_act_training.register_autograd(_training_backward, setup_context=_setup_training)
 dwconv_bn_act.register_autograd(_backward, setup_context=_setup_context)
 register_vmap("dwconv_bn_act_triton", dwconv_bn_act)
 for _device in ("cpu", "cuda"):
     register_autocast("dwconv_bn_act_triton", dwconv_bn_act, _device)
+    register_autocast("dwconv_bn_act_training_triton", dwconv_bn_act_training, _device)
+
+
+#: Tensors come first in separable_conv; of them, those of x's dtype.
+_SEPARABLE_TENSORS, _SEPARABLE_IMAGES = 8, (0, 1, 4, 7)
+
+
+def _setup_separable(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:_SEPARABLE_TENSORS])
+    ctx.constants = inputs[_SEPARABLE_TENSORS:]
+
+
+def _separable_backward(ctx, dy):
+    """Through the two halves one after the other, computed again."""
+    needed, again = ctx.needs_input_grad[:_SEPARABLE_TENSORS], torch.is_grad_enabled()
+    tensors = [
+        t if t is None or again else t.detach().requires_grad_(n)
+        for t, n in zip(ctx.saved_tensors, needed, strict=True)
+    ]
+    x, dw_weight, dw_scale, dw_shift, pw_weight, pw_scale, pw_shift, residual = tensors
+    *convolution, dw_activation, pw_activation, slope = ctx.constants
+    with torch.enable_grad():
+        between = dwconv_bn_act(
+            x, dw_weight, dw_scale, dw_shift, *convolution, dw_activation, slope
+        )
+        y = reference.conv_bn_act(
+            between, pw_weight, pw_scale, pw_shift, activation=pw_activation, slope=slope
+        )
+        y = y if residual is None else y + residual
+    gradients = _through(y, dy, tensors, needed, again)
+    return *gradients, *[None] * len(ctx.constants)
+
+
+separable_conv.register_autograd(_separable_backward, setup_context=_setup_separable)
+
+
+def _separable_autocast(device_type):
+    def autocast(*call):
+        """Images and weights are cast as native convolutions cast them; scales stay float32."""
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = [
+            t.to(dtype) if i in _SEPARABLE_IMAGES and t is not None else t
+            for i, t in enumerate(call)
+        ]
+        with torch.autocast(device_type, enabled=False):
+            return separable_conv(*cast)
+
+    return autocast
+
+
+for _device in ("cpu", "cuda"):
+    _library.impl(
+        "separable_conv_triton", _separable_autocast(_device), f"Autocast{_device.upper()}"
+    )
+
+
+@separable_conv.register_vmap
+def _separable_vmap(info, in_dims, *call):
+    """Call by call."""
+    rows = [
+        separable_conv(
+            *(t.select(d, i) if type(d) is int else t for t, d in zip(call, in_dims, strict=True))
+        )
+        for i in range(info.batch_size)
+    ]
+    return torch.stack(rows), 0

@@ -48,6 +48,13 @@ def weight_at(w_ptr, k, exists, tap, K: tl.constexpr, TAPS: tl.constexpr, BY_TAP
 
 
 @triton.jit
+def weights_of_turn(w_ptr, tile, chunk, CHUNKS, TAPS: tl.constexpr):
+    """w_ptr, for the turn `tile` of a loop over chunk, chunk + CHUNKS, ...: the compiler must not
+    see that it is the same in all of them, or it holds every tap of a large kernel in registers."""
+    return w_ptr + (tile % CHUNKS - chunk) * 16 if TAPS > 9 else w_ptr
+
+
+@triton.jit
 def per_channel(ptr, k, exists, missing: tl.constexpr):
     """Scale or shift of a block of channels, `missing` where the pointer is None."""
     if ptr is None:

@@ -49,10 +49,26 @@ CONV = _configs([(1, 1), (1, 2), (1, 4)], [1, 2, 4, 7])
 DATA = _configs([(1, 1), (1, 2), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
 WEIGHT = _configs([(1, 1), (1, 2), (2, 2)], [1, 2])
 
+# separable_conv: more output channels compute the depthwise half less often, more pixels load the
+# weights less often; at most 64 float32 sums a thread, next to that half's vectors for every tap.
+SEPARABLE = [
+    triton.Config(
+        {"PIXELS": pixels, "BLOCK_K": block_k, "BLOCK_C": block_c},
+        num_warps=threads // _WARP, num_stages=2,
+    )
+    for pixels, block_k, threads in [
+        (64, 32, 128), (128, 32, 256),
+        (32, 64, 128), (64, 64, 128), (128, 64, 256),
+        (32, 128, 128), (64, 128, 256),
+        (32, 256, 256), (64, 256, 256),
+    ]
+    for block_c in (16, 32)
+]  # fmt: skip
+
 #: What the choice depends on, besides dtypes. No batch size: that would tune again for each.
 _KEY = [
     "H", "W", "OH", "OW", "C", "M", "KH", "KW", "SH", "SW", "DH", "DW", "TOP", "LEFT",
-    "CHANNELS_LAST",
+    "CHANNELS_LAST", "K",
 ]  # fmt: skip
 
 
@@ -106,6 +122,20 @@ def _fits(kind: list, config: dict[str, int], itemsize: int, shape: dict[str, An
     return cols == 1 or (whole and columns * itemsize <= 16)
 
 
+def prune_separable(itemsize: int, shape: dict[str, Any]) -> list[triton.Config]:
+    """The configurations of SEPARABLE with the narrowest block that holds K channels, or else with
+    the widest there is; in between 32 channels at a time where registers have room for them."""
+    widest = 256 if shape["CHANNELS_LAST"] else 128
+    blocks = sorted({c.kwargs["BLOCK_K"] for c in SEPARABLE if c.kwargs["BLOCK_K"] <= widest})
+    block = next((b for b in blocks if b >= shape["K"]), blocks[-1])
+
+    def fits(config: dict[str, int]) -> bool:
+        room = itemsize == 2 and shape["CHANNELS_LAST"] and block < 256 and config["PIXELS"] >= 64
+        return config["BLOCK_K"] == block and config["BLOCK_C"] == (32 if room else 16)
+
+    return [c for c in SEPARABLE if fits(c.kwargs)]
+
+
 def _block(channels: int) -> int:
     """The widest block of channels that leaves at most an eighth of its lanes idle."""
     return next((b for b in _BLOCKS if -(-channels // b) * b * 8 <= channels * 9), _BLOCKS[-1])
@@ -120,4 +150,6 @@ class _Prune:
 
     def __call__(self, configs, named, **constants):
         itemsize = named["w_ptr" if self.kind is not WEIGHT else "x_ptr"].dtype.itemsize
+        if self.kind is SEPARABLE:
+            return prune_separable(itemsize, named | constants)
         return prune(self.kind, itemsize, named | constants)
