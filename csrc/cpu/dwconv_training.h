@@ -1,7 +1,7 @@
 // From a training call's tasks to the kernels above. Included once per instruction set.
 
-// run(rows, block) or run(plane, block, channel) for tasks [begin, end): blocks of a chunk of
-// channels, then those of the next.
+// run(band or plane, block, channel) for tasks [begin, end): blocks of a chunk of channels, then
+// those of the next.
 template <typename Elem, typename Run>
 static void training_tasks(const DwconvTrainingCall& call, int64_t begin, int64_t end, bool d,
                            void* scratch, const Run& run) {
@@ -12,9 +12,9 @@ static void training_tasks(const DwconvTrainingCall& call, int64_t begin, int64_
         while (begin < end) {
           const int64_t chunk = begin / blocks, c = chunk * call.channel_chunk;
           const int64_t c_end = chunk + 1 < call.channel_chunks ? c + call.channel_chunk : call.K;
-          TrainingRows<Elem, decltype(kernel)::value, decltype(stride)::value> rows(call, c, c_end,
-                                                                                    d, scratch);
-          for (; begin < end && begin / blocks == chunk; ++begin) run(rows, begin % blocks);
+          TrainingBand<Elem, decltype(kernel)::value, decltype(stride)::value> band(call, c, c_end,
+                                                                                   d, scratch);
+          for (; begin < end && begin / blocks == chunk; ++begin) run(band, begin % blocks);
         }
       };
       if (call.KH == 3 && call.SH == 1) return fast(Constant<3>{}, Constant<1>{});

@@ -37,8 +37,8 @@ struct DwconvCall {
 };
 
 // A depthwise call in training, or its gradients. Its output is activate(z), z = scale * centred +
-// shift, centred = convolution - mean, and dz = dy * activate'(z); the gradient of the convolution
-// is scale * dz + linear * centred + constant. Per-channel vectors are of the accumulation type.
+// shift, centred = convolution - mean, and dz = dy * activate'(z); the gradient of the convolution is
+// scale * dz + linear * centred + constant. Per-channel vectors are of the accumulation type.
 struct DwconvTrainingCall : DwconvCall {
   const void* mean;
   const void* linear;
@@ -57,9 +57,9 @@ struct DwconvTrainingCall : DwconvCall {
 // Whether a training call has kernels with vectors over channels (`width` floats); the others work
 // plane by plane.
 inline bool dwconv_training_is_fast(const DwconvTrainingCall& call, int64_t width) {
-  return call.element != Element::f64 && call.K >= width && call.KH == call.KW &&
-         (call.KH == 3 || call.KH == 5) && call.SH == call.SW && call.SH <= 2 && call.DH == 1 &&
-         call.DW == 1 && call.multiplier == 1;
+  return call.channels_last && call.element != Element::f64 && call.K >= width &&
+         call.KH == call.KW && (call.KH == 3 || call.KH == 5) && call.SH == call.SW &&
+         call.SH <= 2 && call.DH == 1 && call.DW == 1 && call.multiplier == 1;
 }
 
 // Output channels in a panel of packed convolution weights, whatever the instruction set.
