@@ -11,9 +11,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import INSTRUCTION_SETS
+
+from mnet_kernels import _C
 
 ROOT = Path(__file__).parent.parent
+INSTRUCTION_SETS = _C.build_info()["instruction_sets"]
 
 
 @pytest.mark.parametrize(

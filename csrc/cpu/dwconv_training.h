@@ -17,7 +17,6 @@ static void training_tasks(const DwconvTrainingCall& call, int64_t begin, int64_
           for (; begin < end && begin / blocks == chunk; ++begin) run(rows, begin % blocks);
         }
       };
-      if (call.KH == 1) return fast(Constant<1>{}, Constant<1>{});  // BatchNorm by itself
       if (call.KH == 3 && call.SH == 1) return fast(Constant<3>{}, Constant<1>{});
       if (call.KH == 3 && call.SH == 2) return fast(Constant<3>{}, Constant<2>{});
       if (call.KH == 5 && call.SH == 1) return fast(Constant<5>{}, Constant<1>{});

@@ -58,8 +58,8 @@ struct DwconvTrainingCall : DwconvCall {
 // plane by plane.
 inline bool dwconv_training_is_fast(const DwconvTrainingCall& call, int64_t width) {
   return call.element != Element::f64 && call.K >= width && call.KH == call.KW &&
-         call.SH == call.SW && (call.KH == 3 || call.KH == 5 || (call.KH == 1 && call.SH == 1)) &&
-         call.SH <= 2 && call.DH == 1 && call.DW == 1 && call.multiplier == 1;
+         (call.KH == 3 || call.KH == 5) && call.SH == call.SW && call.SH <= 2 && call.DH == 1 &&
+         call.DW == 1 && call.multiplier == 1;
 }
 
 // Output channels in a panel of packed convolution weights, whatever the instruction set.

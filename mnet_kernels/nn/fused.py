@@ -108,7 +108,7 @@ class FusedConv2d(nn.Conv2d):
                 why = "SyncBatchNorm shares its statistics between processes"
             if why is not None:
                 return f"{why}: native in training mode"
-            if not is_depthwise(self) and self._norm_server(device, dtype) is None:
+            if not is_depthwise(self):
                 return "convolutions that are not depthwise are native in training mode"
             return _server(fusion.backend, None, str(device), dtype, True)[1]
         if not is_depthwise(self) or torch.compiler.is_compiling():
@@ -119,19 +119,12 @@ class FusedConv2d(nn.Conv2d):
         self, device: torch.device | str, dtype: torch.dtype, in_training: bool = False
     ) -> str:
         """The backend of a fused call; "folded" where it is the native convolution of a fold."""
-        if not is_depthwise(self) and in_training:
-            return f"norm: {self._norm_server(device, dtype)}"
         if not is_depthwise(self):
             packs = self.groups == 1 and ops.packs(dtype)
             on_cpu = self.fusion.backend in (None, "cpu") and torch.device(device).type == "cpu"
             return "cpu" if packs and on_cpu and self.fusion.free_layout else "folded"
         preferred = None if in_training else self.fusion.preferred
         return _server(self.fusion.backend, preferred, str(device), dtype, in_training)[0]
-
-    def _norm_server(self, device: torch.device | str, dtype: torch.dtype) -> str | None:
-        """Where the norm after a convolution that is not depthwise is trained by our operator."""
-        ours = self.fusion.backend in (None, "cpu") and dtype != torch.float64
-        return "cpu" if ours and torch.device(device).type == "cpu" else None
 
     def forward(self, x: Tensor) -> Tensor:
         weight, device = self._parameters.get("weight"), x.device
@@ -140,18 +133,14 @@ class FusedConv2d(nn.Conv2d):
         if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
             x, weight = x.to(dtype), weight.to(dtype)  # type: ignore[assignment]
-        if (
-            x.dim() != 4
-            or x.dtype != weight.dtype
-            or device != weight.device
-            or in_functorch()
-            or self.why_native(device, x.dtype) is not None
-        ):
+        if x.dim() != 4 or x.dtype != weight.dtype or device != weight.device or in_functorch():
+            return self.forward_native(x)
+        if self.why_native(device, x.dtype) is not None:
+            if self.fusion.free_layout and x.is_cpu and self.uses_batch_statistics():
+                x = x.contiguous(memory_format=torch.channels_last)  # the layout of the fast paths
             return self.forward_native(x)
         if not is_depthwise(self):
-            return (
-                self._dense_training(x) if self.uses_batch_statistics() else self._dense(x, weight)
-            )
+            return self._dense(x, weight)
         if self.uses_batch_statistics():
             y = training.depthwise(self, x, weight)
             return self.forward_native(x) if y is None else y
@@ -159,15 +148,10 @@ class FusedConv2d(nn.Conv2d):
 
     def forward_native(self, x: Tensor) -> Tensor:
         """``act(norm(conv(pad(x))))``, module by module, as before the swap."""
-        return self._finished(self._convolved(x))
-
-    def _convolved(self, x: Tensor) -> Tensor:
-        if self.fusion.pad != (0, 0, 0, 0):
-            x = _zero_pad(x, self._edges(x))
-        return nn.Conv2d.forward(self, x)
-
-    def _finished(self, y: Tensor) -> Tensor:
         fusion = self.fusion
+        if fusion.pad != (0, 0, 0, 0):
+            x = _zero_pad(x, self._edges(x))
+        y = nn.Conv2d.forward(self, x)
         if fusion.norm is not None:
             y = type(fusion.norm).forward(fusion.norm, y)
         if isinstance(fusion.act, nn.Module):
@@ -189,14 +173,6 @@ class FusedConv2d(nn.Conv2d):
             slope=fusion.slope,
             backend=self.serving(x.device, x.dtype) if fusion.preferred else fusion.backend,
         )
-
-    def _dense_training(self, x: Tensor) -> Tensor:
-        """The convolution is native, what follows it one operator."""
-        if self.fusion.free_layout:
-            x = x.contiguous(memory_format=torch.channels_last)  # the layout of the fast paths
-        y = self._convolved(x)
-        z = training.norm_alone(self.fusion, y)
-        return self._finished(y) if z is None else z
 
     def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """Every other convolution: packed where there is a kernel for it, else folded."""

@@ -1,4 +1,4 @@
-"""A norm with the batch's own statistics: with the depthwise convolution before it, or alone."""
+"""A depthwise convolution and its norm while the norm uses the batch's own statistics."""
 
 from __future__ import annotations
 
@@ -12,12 +12,7 @@ from mnet_kernels.dwconv_training import dwconv_bn_act_training
 from mnet_kernels.fold import statistics_of
 
 if TYPE_CHECKING:
-    from mnet_kernels.nn.fused import FusedConv2d, Fusion
-
-
-#: Of a map, from which on :func:`norm_alone` is faster than PyTorch's passes, which the caches hold
-#: for smaller ones.
-_PIXELS = 14 * 14
+    from mnet_kernels.nn.fused import FusedConv2d
 
 
 def depthwise(conv: FusedConv2d, x: Tensor, weight: Tensor) -> Tensor | None:
@@ -30,30 +25,7 @@ def depthwise(conv: FusedConv2d, x: Tensor, weight: Tensor) -> Tensor | None:
     """
     if x.numel() == 0 or (x.shape[0] == 1 and conv.output_size(x) == [1, 1]):
         return None  # the norm has its own words for that
-    return _normalised(
-        conv.fusion,
-        x,
-        weight,
-        conv._parameters["bias"],
-        stride=conv.stride,
-        padding="same" if conv.fusion.pad == "same" else conv.padding_edges(),
-        dilation=conv.dilation,
-    )
-
-
-def norm_alone(fusion: Fusion, y: Tensor) -> Tensor | None:
-    """``act(norm(y))`` of another convolution's result in one operator, whose kernels are 1x1 and
-    1; None where that is left to the modules, for the speed of it: in other layouts and for small
-    maps."""
-    fast = y.dtype != torch.float64 and y.is_contiguous(memory_format=torch.channels_last)
-    if not (y.is_cpu and fast) or y.shape[2] * y.shape[3] < _PIXELS or y.numel() == 0:
-        return None
-    return _normalised(fusion, y, y.new_ones((y.shape[1], 1, 1, 1)), None)
-
-
-def _normalised(
-    fusion: Fusion, x: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any
-) -> Tensor | None:
+    fusion, bias = conv.fusion, conv._parameters["bias"]
     norm = cast(Any, fusion.norm)
     mean, var, gamma, beta = statistics_of(norm)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -79,7 +51,9 @@ def _normalised(
         activation=fusion.activation,
         slope=fusion.slope,
         backend=fusion.backend,
-        **geometry,
+        stride=conv.stride,
+        padding="same" if fusion.pad == "same" else conv.padding_edges(),
+        dilation=conv.dilation,
     )
     if mean is not None:
         with torch.no_grad():
