@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnet_kernels import backends, nn
+from mnet_kernels import backends
+from mnet_kernels.nn import constants
 
 ROOT = Path(__file__).parents[1]
 GPU = torch.device("cuda:0")
@@ -211,12 +212,12 @@ def test_renewed_constants_stay_where_they_were():
     weight, scale, shift = torch.ones(4, 1, 3, 3), torch.ones(4), None
     kept = (weight.clone(), scale, shift)
     made = (weight * 2, scale * 3, torch.ones(4))
-    now = nn._renewed(kept, made, [weight])
+    now = constants.renewed(kept, made, [weight])
     assert now[0] is kept[0] and now[1] is kept[1]  # the same memory
     assert torch.equal(now[0], weight * 2) and now[1][0] == 3
     assert now[2] is made[2]  # there was none
     other = torch.zeros(4, 1, 3, 3)
-    assert nn._renewed((weight, None, None), (other, None, None), [other])[0] is other
+    assert constants.renewed((weight, None, None), (other, None, None), [other])[0] is other
     assert weight.eq(1).all()  # the model's own is not written to
     wider = torch.ones(8)
-    assert nn._renewed((weight, scale, None), (weight, wider, None), [weight])[1] is wider
+    assert constants.renewed((weight, scale, None), (weight, wider, None), [weight])[1] is wider
