@@ -7,12 +7,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := -c constraints.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help install demo test bench bench-compare gpu readme report lint format clean
+.PHONY: help install demo test bench bench-training bench-compare gpu readme report lint format clean
 help:
 	@echo "make install   set up $(VENV): torch and the rest, and build the kernels"
 	@echo "make demo      a pretrained MobileNet on real photographs: native against swapped"
 	@echo "make test      the tests"
 	@echo "make bench     the benchmark suite against every other engine; JSON in benchmarks/results/"
+	@echo "make bench-training   training: depthwise layers and whole steps, against plain PyTorch"
 	@echo "make bench-compare BASE=old.json [NEW=new.json]   what got slower? exit status 1 if anything"
 	@echo "make gpu       on a machine with a GPU, without network and $(VENV): build with $(PYTHON) and"
 	@echo "               its torch, test, sanitize, benchmark; GPU='--stages build,tests' chooses"
@@ -65,15 +66,22 @@ $(VENV)/.bench-peers: $(VENV)/.packages
 
 BENCH = $(BIN)/python -m pytest --benchmark-enable --benchmark-only --benchmark-quiet -q \
   -p no:cacheprovider --disable-warnings
-RESULTS = benchmarks/results/cpu.json benchmarks/results/cpu-tuned-malloc.json
+RESULTS = $(addprefix benchmarks/results/,cpu.json cpu-layers.json cpu-tuned-malloc.json)
 NEW ?= benchmarks/results/cpu.json
 bench: install $(VENV)/.bench-peers
-	@echo "== benchmarking (under ten minutes on two cores; keep the machine idle)"
-	@$(BENCH) benchmarks --minutes 7.5 --benchmark-json=benchmarks/results/cpu.json
+	@echo "== networks and pairs (ten minutes in all on two cores; keep the machine idle)"
+	@$(BENCH) benchmarks/test_networks.py benchmarks/test_pairs.py --minutes 5.5 \
+	  --benchmark-json=benchmarks/results/cpu.json
+	@echo "== layers"
+	@$(BENCH) benchmarks/test_layers.py --minutes 2 --benchmark-json=benchmarks/results/cpu-layers.json
 	@echo "== the large batches again, with a malloc that keeps large blocks"
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 $(BENCH) benchmarks/test_networks.py \
-	  -k "32-float32" --minutes 1.5 --benchmark-json=benchmarks/results/cpu-tuned-malloc.json
+	  -k "32-float32" --minutes 1 --benchmark-json=benchmarks/results/cpu-tuned-malloc.json
 	@$(BIN)/python benchmarks/tables.py $(RESULTS)
+
+bench-training: install
+	@$(BENCH) benchmarks/test_training.py --minutes 4 \
+	  --benchmark-json=benchmarks/results/cpu-training.json
 
 bench-compare:
 	@test -n "$(BASE)" || { echo "make bench-compare BASE=old.json [NEW=new.json]"; exit 2; }
@@ -87,7 +95,7 @@ readme: install
 
 CHROMIUM ?= chromium
 report: install
-	@$(BIN)/mnet-kernels report $(RESULTS) benchmarks/results/tradeoff.json -o report.html
+	@$(BIN)/mnet-kernels report benchmarks/results -o report.html
 	@$(CHROMIUM) --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1280,1600 \
 	  --screenshot=docs/report.png file://$(CURDIR)/report.html 2> /dev/null \
 	  || echo "   docs/report.png stays as it is: no $(CHROMIUM) here"

@@ -225,21 +225,13 @@ def worker(stage: str, seconds: float, rows: str) -> None:
         told |= {
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "driver": _driver(),
+            "driver": (gpu_measure.smi("driver_version") or [None])[0],
             "kernels": backends.cuda_info(),
             "multiprocessors": properties.multi_processor_count,
             "copy_gb_per_s": gpu_measure.copy_bandwidth(),
         }
     print(json.dumps(told | {"why_not": reason}))
     return None
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True).stdout.split()[0]
-    except (OSError, IndexError):
-        return None
 
 
 def main() -> int:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 import json
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,16 @@ def device_times(
         for name in names[turn:] + names[:turn]:
             samples[name].append(sample(calls[name], repeats[name]))
     return {name: Spread(tuple(values)) for name, values in samples.items()}
+
+
+def smi(fields: str) -> list[str] | None:
+    """What nvidia-smi says of the GPU, e.g. of "clocks.sm,clocks.mem"; None where it is missing."""
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0]
+    except (OSError, IndexError):
+        return None
+    return [value.strip() for value in told.split(",")]
 
 
 def copy_bandwidth() -> float:
@@ -336,6 +348,10 @@ def network_row(name: str, batch: int, dtype: str, compile_too: bool) -> _Row:
         run = compiled(model_last, last)
         if run is not None:
             ways["compile channels_last"] = run, last
+        if find_spec("torch_tensorrt") is not None:  # imports itself as a backend of torch.compile
+            run = compiled(model_last, last, backend="tensorrt")
+            if run is not None:
+                ways["TensorRT channels_last"] = run, last
 
     graphs, calls, memory, errors = {}, {}, {}, {}
     for way, (call, given) in ways.items():
@@ -393,6 +409,7 @@ def work(stage: str, seconds: float, output: Path) -> None:
             torch.cuda.empty_cache()
             try:
                 row = make(*arguments)
+                row["clocks_mhz"] = smi("clocks.sm,clocks.mem")  # still as they were under load
             except Exception as error:  # the other rows still count
                 row = {"left_out": f"{arguments[:-1]}: {type(error).__name__}: {error}"}
                 print(f"{stage}: left out: {row['left_out']}")

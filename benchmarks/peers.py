@@ -180,16 +180,16 @@ TORCH = [
 
 
 def compiled(
-    module: nn.Module, x: Tensor, mode: str | None = None
+    module: nn.Module, x: Tensor, mode: str | None = None, backend: str = "inductor"
 ) -> Callable[[Tensor], Tensor] | None:
     """torch.compile of a copy of `module` for inputs like x, frozen; None where it fails (no C++
     compiler, say)."""
     module = copy.deepcopy(module)
-    run = torch.compile(module, dynamic=False, mode=mode)
+    run = torch.compile(module, dynamic=False, mode=mode, backend=backend)
     try:
         with frozen():
             run(x), run(x)
     except Exception as error:  # whatever the compiler throws
-        print(f"torch.compile is left out: {type(error).__name__}: {error}")
+        print(f"torch.compile ({backend}) is left out: {type(error).__name__}: {error}")
         return None
     return run

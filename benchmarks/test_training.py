@@ -46,6 +46,14 @@ def _compiled(module: nn.Module, warm_up: Callable[[nn.Module], object]) -> nn.M
     return run
 
 
+def _away_from_kinks(layer: nn.Sequential, x: Tensor, margin: float) -> Tensor:
+    """A random gradient of the result, 0 where ReLU6 turns: both derivatives are right there, and
+    rounding decides."""
+    z = copy.deepcopy(layer[:2]).double()(x.double())
+    dy = torch.randn_like(z).to(x.dtype)
+    return dy.masked_fill((z.abs() < margin) | ((z - 6).abs() < margin), 0).detach()
+
+
 def _gradients(module: nn.Module, x: Tensor, dy: Tensor) -> Tensor:
     """x's; those of the parameters are computed too."""
     return torch.autograd.grad(module(x), [x, *module.parameters()], dy)[0]
@@ -76,7 +84,7 @@ def test_layer(measure, shape, dtype):
     layer = _layer(channels, kernel, stride, DTYPES[dtype])
     ours = swap(copy.deepcopy(layer)).train()
     x = torch.randn(16, channels, height, width, dtype=DTYPES[dtype])
-    dy = torch.randn_like(layer(x))
+    dy = _away_from_kinks(layer, x, 1e-3 if dtype == "float32" else 0.1)
     exact = copy.deepcopy(layer).double()
     exact = _gradients(exact, x.double().requires_grad_(), dy.double())
     contiguous = x, dy
