@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dwconv_bn_act_backward(
       kOp, facts, facts_of(weight), facts_of(scale), facts_of(shift),
       {std::move(stride), std::move(padding), std::move(dilation), std::move(activation), slope});
   check_dtype(kOp, p);
-  check_gradient(kOp, facts_of(dy), p, facts);
+  check::gradient(kOp, facts_of(dy), p, facts);
   const torch::stable::accelerator::DeviceGuard guard(facts.device_index);
   const Layout layout = layout_of(x);
   const Tensor input = mnet::dense(x, layout), gradient = mnet::dense(dy, layout);

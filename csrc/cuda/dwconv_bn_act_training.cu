@@ -33,13 +33,7 @@ Problem checked(const char* op, const TensorFacts& x, const Tensor& weight,
   check_dtype(op, p);
   check::affine(op, "gamma", facts_of(gamma), p, x);
   check::affine(op, "beta", facts_of(beta), p, x);
-  if (!std::isfinite(constants.eps) || constants.eps < 0)
-    check::fail(op, "eps", "a finite number, at least 0", check::join(constants.eps));
-  if (p.N * p.OH * p.OW == 1) {
-    const int64_t shape[] = {p.N, p.K, p.OH, p.OW};
-    check::fail(op, "x", "more than one value a channel in training",
-                "an output of shape " + check::show(shape, 4));
-  }
+  check::batch_statistics(op, p, constants.eps);
   return p;
 }
 
@@ -139,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dwconv_bn_act_training_backward(
   const Problem p = checked(kBackward, facts, weight, gamma, beta,
                             {std::move(stride), std::move(padding), std::move(dilation),
                              std::move(activation), slope, eps});
-  check_gradient(kBackward, facts_of(dy), p, facts);
+  check::gradient(kBackward, facts_of(dy), p, facts);
   check::affine(kBackward, "mean", facts_of(mean), p, facts);
   check::affine(kBackward, "var", facts_of(var), p, facts);
   const torch::stable::accelerator::DeviceGuard guard(facts.device_index);

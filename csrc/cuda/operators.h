@@ -14,18 +14,6 @@ inline void check_dtype(const char* op, const Problem& p) {
     check::fail(op, "x", "float32, float16 or bfloat16 on a GPU", "float64");
 }
 
-// dy against the output of p.
-inline void check_gradient(const char* op, const TensorFacts& dy, const Problem& p,
-                           const TensorFacts& x) {
-  const int64_t shape[] = {p.N, p.K, p.OH, p.OW};
-  if (dy.dim != 4 || !std::equal(shape, shape + 4, dy.sizes))
-    check::fail(op, "dy", "the output's shape " + check::show(shape, 4), check::shape(dy));
-  if (dy.dtype != x.dtype)
-    check::fail(op, "dy", check::join("x's dtype ", x.dtype_name), dy.dtype_name);
-  if (!dy.same_device(x))
-    check::fail(op, "dy", "x's device " + check::device(x), check::device(dy));
-}
-
 inline void* current_stream(int32_t device) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
