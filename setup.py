@@ -169,6 +169,7 @@ extensions = [
             "csrc/cpu/dwconv_training.cpp",
             "csrc/cpu/conv_bn_act.cpp",
             "csrc/cpu/conv_sequence.cpp",
+            "csrc/cpu/sequence.cpp",
             "csrc/cpu/separable_conv.cpp",
             "csrc/cpu/pair.cpp",
             "csrc/cpu/launch.cpp",

@@ -44,7 +44,7 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
       "float slope) -> Tensor");
   m.def("pack_conv_weight(Tensor weight) -> Tensor");
   // Float32 channels_last convolutions one after the other; mnet_kernels/sequences.py writes
-  // `stages` (n, 16) int64 and `constants`, csrc/cpu/conv_sequence.cpp says what is in them.
+  // `stages` (n, 16) int64 and `constants`, csrc/cpu/sequence.h says what is in them.
   m.def("conv_sequence(Tensor x, Tensor stages, Tensor constants) -> Tensor");
   // Which pairs of them it would fuse, and why.
   m.def("conv_sequence_plan(Tensor x, Tensor stages, Tensor constants, int threads) -> int[]");

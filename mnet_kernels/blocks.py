@@ -149,6 +149,7 @@ class SeparableConv(nn.Module):
     def _run(self) -> Runner:
         run = self.__dict__.get("_runner")
         if run is None:
-            stages = (Stage("conv_dw"), Stage("conv_pw", 0 if self.residual else None))
+            other = 0 if self.residual else None
+            stages = (Stage("conv", "conv_dw"), Stage("conv", "conv_pw", other))
             run = self.__dict__["_runner"] = Runner(self, Run(0, 4, stages), self)
         return run

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import fx, nn
@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from mnet_kernels import tracing
 from mnet_kernels.layout import free_nodes
-from mnet_kernels.nn import FusedConv2d, is_depthwise
+from mnet_kernels.nn import FusedConv2d, SamePad2d, is_depthwise
 from mnet_kernels.plan import Call, Left, Plan, Site, describe
 from mnet_kernels.probe import (
     IDENTITY,
@@ -27,6 +27,7 @@ from mnet_kernels.probe import (
     is_norm_like,
     module_activation,
     norm_of,
+    rests_in_eval,
 )
 from mnet_kernels.tracing import callers, constants_only, is_of_torch
 
@@ -38,6 +39,7 @@ class Look:
         self.hooked = hooked
         self._norms: dict[nn.Module, Norm | str] = {}
         self._activations: dict[nn.Module, Activation | None] = {}
+        self._resting: dict[nn.Module, bool] = {}
         self._leaves: dict[nn.Module, bool] = {}
         self._opaque: dict[nn.Module, bool] = {}
         self._own_nodes: dict[nn.Module, list[fx.Node] | str] = {}
@@ -74,10 +76,17 @@ class Look:
             self._activations[module] = None if altered else module_activation(module)
         return self._activations[module]
 
+    def rests(self, module: nn.Module) -> bool:
+        """Whether it hands its input on in eval mode (dropout, stochastic depth)."""
+        if module not in self._resting:
+            altered = self.altered(module) is not None
+            self._resting[module] = not altered and rests_in_eval(module)
+        return self._resting[module]
+
     def is_elementwise(self, module: nn.Module) -> bool:
         if is_norm_like(module):
             return isinstance(self.norm(module), Norm)
-        return self.activation(module) is not None
+        return self.activation(module) is not None or self.rests(module)
 
     def own_nodes(self, module: nn.Module) -> list[fx.Node] | str:
         if module not in self._own_nodes:
@@ -108,7 +117,9 @@ class Look:
         inner = list(module.modules())
         if type(module).__module__.startswith("torch.nn") and len(inner) == 1:
             return True
-        if isinstance(module, _ConvNd) or is_norm_like(module) or self.activation(module):
+        if isinstance(module, _ConvNd | SamePad2d) or is_norm_like(module):
+            return True
+        if self.activation(module) or self.rests(module):
             return True
         if any(isinstance(m, _ConvNd) or is_norm_like(m) for m in inner):
             return False
@@ -206,14 +217,19 @@ class Graph:
         pad = node.args[0]
         if not isinstance(pad, fx.Node) or len(pad.users) != 1 or self._hooks_between(pad, node):
             return [], ""
-        edges = self._edges(pad)
+        edges = self._edges(pad, cast(nn.Conv2d, self.modules[str(node.target)]))
         key = None if edges is None else self._key(pad, calls)
         return ([_Step("pad", key, edges)] if isinstance(key, tuple | str) else []), ""
 
-    def _edges(self, node: fx.Node) -> tuple[int, int, int, int] | None:
-        """The zeros (top, left, bottom, right) that a node adds, if it does nothing else."""
+    def _edges(self, node: fx.Node, conv: nn.Conv2d) -> tuple[int, int, int, int] | str | None:
+        """The zeros (top, left, bottom, right) that a node adds before ``conv``, if it does
+        nothing else; "same" if they are those of TensorFlow's "same" padding."""
         if node.op == "call_module":
-            module = self.modules[str(node.target)]
+            module: Any = self.modules[str(node.target)]
+            if type(module) is SamePad2d and not self.look.altered(module):
+                kernel, stride = (module.kernel_size,) * 2, (module.stride,) * 2
+                fits = (conv.kernel_size, conv.stride, conv.dilation) == (kernel, stride, (1, 1))
+                return "same" if fits and conv.padding in ((0, 0), "valid") else None
             plain = getattr(type(module), "forward", None) is nn.ConstantPad2d.forward
             if not plain or len(node.args) != 1 or node.kwargs or self.look.altered(module):
                 return None

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from mnet_kernels.backends import NAMES, TRITON_INTERPRETED, why_not
 from mnet_kernels.nn import FusedConv2d, Fusion, is_depthwise
+from mnet_kernels.ops import packs
 from mnet_kernels.pairs import measure as measure_pairs
 from mnet_kernels.pairs import pairs, runners
-from mnet_kernels.plan import Plan
+from mnet_kernels.plan import Left, Plan
 from mnet_kernels.sequences import Runner
 from mnet_kernels.timing import interleave
 
@@ -64,7 +65,7 @@ class Explanation:
             _row(site.conv, site.pattern, site.note, fused[site.conv])
             for site in plan.sites
             if site.conv in fused
-        ] + [Row(left.module, left.pattern, "native", left.reason) for left in plan.left]
+        ] + [_left(left, runners) for left in plan.left]
         self.rows.sort(key=lambda row: order.index(row.module))
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -104,8 +105,8 @@ class Explanation:
         for reason, count in reasons.items():
             console.print(f"Native in training, {count} rows: {escape(reason)}.")
         for path, runs in self._plan.runs.items():
-            sizes = " + ".join(str(len(run.stages)) for run in runs)
-            console.print(f"{path or 'the model'}: {sizes} of them in one call each, on the CPU.")
+            sizes = " + ".join(str(sum(s.kind == "conv" for s in run.stages)) for run in runs)
+            console.print(f"{path or 'the model'}: {sizes} layers in one call each, on the CPU.")
         for runner in self._runners:
             for pair in pairs(runner):
                 way = "in one pass" if pair.in_one_pass else "one after the other"
@@ -114,6 +115,19 @@ class Explanation:
         if kept:
             console.print(f"Weights and constants packed for these calls: {kept / 2**20:.1f} MiB.")
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def _left(left: Left, runners: list[Runner]) -> Row:
+    """What was left alone by itself may still be part of a run."""
+    for runner in runners:
+        for stage, module in zip(runner.run.stages, runner.modules, strict=True):
+            if stage.module != left.module or module is None:
+                continue
+            if module.weight.is_cpu and packs(module.weight.dtype):
+                name = stage.activation.name
+                pattern = left.pattern + ("" if name == "identity" else f" + {name}")
+                return Row(left.module, pattern, "cpu", "in one call with what is before it")
+    return Row(left.module, left.pattern, "native", left.reason)
 
 
 def _row(name: str, pattern: str, note: str, module: FusedConv2d) -> Row:

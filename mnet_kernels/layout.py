@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from mnet_kernels.nn import SamePad2d
+
 #: The result has its input's format; nothing else depends on the format.
 _KEEPS_FORWARDS = {
     cls.forward
     for cls in (
         nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
         nn.Dropout, nn.Dropout2d, nn.ConstantPad2d, nn.Identity, nn.Sigmoid, nn.Hardsigmoid,
-        nn.GELU, nn.ELU, nn.Tanh,
+        nn.GELU, nn.ELU, nn.Tanh, SamePad2d,
     )
 }  # fmt: skip
 _KEEPS_FUNCTIONS = {

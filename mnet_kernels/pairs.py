@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
 
-from mnet_kernels.sequences import KIND, RESIDUAL, Runner, Sequenced, run_sequence
+from mnet_kernels.nn import FusedConv2d, Fusion
+from mnet_kernels.sequences import KIND, OTHER, Runner, Sequenced, run_sequence
 from mnet_kernels.timing import interleave, ratio
 
 _plan = torch.ops.mnet_kernels.conv_sequence_plan.default
@@ -51,13 +53,14 @@ def pairs(runner: Runner) -> list[Pair]:
         bands, fused, separate = numbers[3 * i : 3 * i + 3]
         if fused == separate == 0:
             continue
-        told = runner.convs[i].fusion.pair
+        depthwise, pointwise = runner.run.stages[i : i + 2]
+        told = _fusion(runner, i).pair
         reason = (
             f"estimated extra cost {fused / 1e3:.0f} µs in one pass, {separate / 1e3:.0f} µs apart"
             if told is None
             else "measured or set"
         )
-        found.append(Pair(runner.names[i], runner.names[i + 1], bands > 0, reason))
+        found.append(Pair(str(depthwise.module), str(pointwise.module), bands > 0, reason))
     return found
 
 
@@ -68,15 +71,19 @@ def measure(runner: Runner) -> None:
     shape, dtype, stages, constants = runner.latest
     x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
     can_pair = {pair.depthwise for pair in pairs(runner)}
-    for i, name in enumerate(runner.names):
-        if name not in can_pair:
+    for i, stage in enumerate(runner.run.stages):
+        if stage.module not in can_pair:
             continue
         before = x if i == 0 else run_sequence(x, stages[:i], constants)
         calls = {}
         for way, kind in (("one pass", 2), ("apart", 3)):
             rows = stages[i : i + 2].clone()
             rows[0, KIND] = kind
-            rows[:, RESIDUAL] = -1
+            rows[:, OTHER] = -1
             calls[way] = partial(run_sequence, before, rows, constants)
         done = interleave(calls, rounds=_ROUNDS)
-        runner.convs[i].fusion.pair = ratio(done["apart"], done["one pass"]).median >= 1
+        _fusion(runner, i).pair = ratio(done["apart"], done["one pass"]).median >= 1
+
+
+def _fusion(runner: Runner, i: int) -> Fusion:
+    return cast(FusedConv2d, runner.modules[i]).fusion

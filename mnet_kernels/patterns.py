@@ -65,7 +65,7 @@ class _Finder:
         order = {path: n for n, (path, _) in enumerate(self.model.named_modules())}
         plan.sites.sort(key=lambda site: order.get(site.conv, 0))
         plan.left.sort(key=lambda row: order.get(row.module, 0))
-        plan.runs = find_runs(self.model.eval(), plan.sites, self.look.is_leaf)
+        plan.runs = find_runs(self.model.eval(), plan.sites, self.look)
         return plan
 
     def _parts(self, root: nn.Module, path: str, plan: Plan) -> Iterator[_Part]:

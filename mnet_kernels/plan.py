@@ -30,7 +30,8 @@ class Site:
 
     conv: str
     pattern: str
-    pad: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right
+    #: (top, left, bottom, right), or "same" in TensorFlow's sense.
+    pad: tuple[int, int, int, int] | str = (0, 0, 0, 0)
     norm: str | None = None
     batch_statistics: bool = False
     #: Why those are left to the norm itself, if they are.
@@ -59,11 +60,17 @@ class Left:
 
 @dataclass(frozen=True)
 class Stage:
-    """One convolution of a run; ``residual``: the value added to its result, where value 0 is the
-    run's input and value i + 1 the result of stage i."""
+    """One step of a run. Value 0 is the run's input, value i + 1 the result of step i; every step
+    reads the value before it, and some another one."""
 
-    conv: str
-    residual: int | None = None
+    #: "conv": a convolution (or Linear); "pool": the mean over H and W; "scale": ``other`` times
+    #: the value before, one factor a channel.
+    kind: str
+    #: The convolution: a site, or a plain 1x1 or Linear with ``activation`` after it.
+    module: str | None = None
+    #: The other value: of "conv" what is added to its result, of "scale" what is scaled.
+    other: int | None = None
+    activation: Activation = IDENTITY
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,11 @@ class Run:
     start: int
     stop: int
     stages: tuple[Stage, ...]
+    #: Modules that do nothing in eval mode, but something in training mode.
+    inert: tuple[str, ...] = ()
+    #: Whether the input, and whether the result, is (N, C) instead of (N, C, H, W).
+    flat_input: bool = False
+    flat_output: bool = False
 
 
 @dataclass

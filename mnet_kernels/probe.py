@@ -80,6 +80,16 @@ def module_activation(module: nn.Module) -> Activation | None:
     return found if found == activation_of(module.eval()) else None
 
 
+def rests_in_eval(module: nn.Module) -> bool:
+    """Whether a module without state hands its input on in eval mode."""
+    if any(True for _ in (*module.children(), *module.parameters(), *module.buffers())):
+        return False
+    try:
+        return activation_of(copy.deepcopy(module).eval()) == IDENTITY
+    except Exception:
+        return False
+
+
 def is_norm_like(module: nn.Module) -> bool:
     """Has a place for running statistics of channels, and nothing beside an affine transform."""
     buffers = dict(module.named_buffers())

@@ -1,36 +1,39 @@
-"""Which fused convolutions follow one another, so that one operator call can do them all.
+"""What follows one another in a model so that one operator call can do it all.
 
-A run is a stretch of an ``nn.Sequential`` whose graph is nothing but such convolutions, and sums
-with what an earlier one of them gave (the residual connections of MobileNetV2).
+A run is a stretch of an ``nn.Sequential`` whose graph is nothing but fused convolutions, sums with
+what an earlier one of them gave (the residual connections of MobileNetV2), squeeze-and-excitation,
+global means, and the 1x1 convolutions or Linears of a head.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from typing import cast
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from mnet_kernels import tracing
+from mnet_kernels.chains import Look
 from mnet_kernels.nn import is_depthwise
-from mnet_kernels.plan import Run, Site, Stage
+from mnet_kernels.plan import Call, Run, Site, Stage
+from mnet_kernels.probe import IDENTITY, Activation, activation_of
 
 
-def find_runs(
-    model: nn.Module, sites: list[Site], is_leaf: Callable[[nn.Module], bool]
-) -> dict[str, list[Run]]:
-    """The runs of at least two convolutions, by the path of their Sequential.
+def find_runs(model: nn.Module, sites: list[Site], look: Look) -> dict[str, list[Run]]:
+    """The runs of at least two convolutions (of one Linear), by the path of their Sequential.
 
     Args:
         model: a copy of what ``sites`` was found in, in eval mode.
         sites: what is fused; those that are not called through modules alone are left out.
-        is_leaf: which modules a trace does not enter.
+        look: what single modules are.
     """
     chained = {site.conv: site for site in sites if not site.removed}
     quiet = {path for site in chained.values() for path in site.absorbed}
-    finder = _Finder(chained, quiet, is_leaf)
+    finder = _Finder(chained, quiet, look)
     runs: dict[str, list[Run]] = {}
     taken: list[str] = []
     for path, module in model.named_modules():
@@ -45,109 +48,315 @@ def find_runs(
                     _join(path, name) + end
                     for run in found for name in names[run.start : run.stop] for end in (".", "")
                 ]  # fmt: skip
-    return runs
+    # Heads of networks without a run of convolutions are none of our business.
+    whole = any(stage.module in chained for run in _all(runs) for stage in run.stages)
+    return runs if whole else {}
+
+
+def _all(runs: dict[str, list[Run]]) -> Iterator[Run]:
+    for found in runs.values():
+        yield from found
+
+
+@dataclass
+class _Draft:
+    """A run so far. ``pooled`` are the values that have one pixel, ``channels`` those of each value
+    (None: not known yet)."""
+
+    stages: list[Stage] = field(default_factory=list)
+    channels: list[int | None] = field(default_factory=lambda: [None])
+    pooled: set[int] = field(default_factory=set)
+    inert: list[str] = field(default_factory=list)
+    flat_input: bool = False
+    #: The latest value is (N, C).
+    flat: bool = False
+
+    @property
+    def latest(self) -> int:
+        return len(self.stages)
+
+    def copy(self) -> _Draft:
+        return replace(
+            self,
+            stages=[*self.stages],
+            channels=[*self.channels],
+            pooled={*self.pooled},
+            inert=[*self.inert],
+        )
+
+    def convolve(self, path: str, inputs: int, outputs: int, pooled: bool) -> None:
+        self.channels = [inputs if c is None else c for c in self.channels]
+        self._add(Stage("conv", path), outputs, pooled)
+
+    def pool(self) -> None:
+        if self.latest not in self.pooled:
+            self._add(Stage("pool"), self.channels[-1], True)
+
+    def scale(self, other: int) -> bool:
+        channels = self.channels[-1]
+        fits = channels is not None and self.channels[other] == channels
+        if fits:
+            self._add(Stage("scale", other=other), channels, False)
+        return fits
+
+    def _add(self, stage: Stage, channels: int | None, pooled: bool) -> None:
+        self.stages.append(stage)
+        self.channels.append(channels)
+        if pooled:
+            self.pooled.add(self.latest)
+
+    def last_conv(self) -> Stage | None:
+        stage = self.stages[-1] if self.stages else None
+        return stage if stage is not None and stage.kind == "conv" else None
 
 
 class _Finder:
-    def __init__(
-        self, sites: dict[str, Site], quiet: set[str], is_leaf: Callable[[nn.Module], bool]
-    ) -> None:
+    def __init__(self, sites: dict[str, Site], quiet: set[str], look: Look) -> None:
         self.sites = sites
         self.quiet = quiet
-        self.is_leaf = is_leaf
+        self.look = look
 
     def runs(self, owner: nn.Module, path: str) -> Iterator[Run]:
-        start = 0
-        stages: list[Stage] = []
+        start, draft = 0, _Draft()
         for i, (name, child) in enumerate([*owner._modules.items(), ("", None)]):
-            added = None if child is None else self._stages(child, _join(path, name))
-            if added is None:
-                if len(stages) >= 2 and self._serves(stages, owner, path):
-                    yield Run(start, i, tuple(stages))
-                start, stages = i + 1, []
+            longer = None if child is None else self._extended(draft, child, _join(path, name))
+            if longer is None and child is not None and draft.stages:
+                yield from self._finished(draft, start, i, owner, path)
+                start, draft = i, _Draft()
+                longer = self._extended(draft, child, _join(path, name))
+            elif child is None:
+                yield from self._finished(draft, start, i, owner, path)
+            if longer is None:
+                start, draft = i + 1, _Draft()
             else:
-                at = len(stages)
-                stages += [
-                    Stage(s.conv, None if s.residual is None else s.residual + at) for s in added
-                ]
+                draft = longer
 
-    def _serves(self, stages: list[Stage], owner: nn.Module, path: str) -> bool:
-        """Some convolution is dense, and each of those may choose channels_last."""
+    def _finished(
+        self, draft: _Draft, start: int, stop: int, owner: nn.Module, path: str
+    ) -> Iterator[Run]:
         prefix = len(path) + 1 if path else 0
-        convs = [(s.conv, cast(nn.Conv2d, owner.get_submodule(s.conv[prefix:]))) for s in stages]
-        dense = [name for name, conv in convs if conv.groups == 1]
-        return bool(dense) and all(self.sites[name].free_layout for name in dense)
+        names = [stage.module for stage in draft.stages if stage.module is not None]
+        if draft.flat_input:
+            serves = bool(names)
+        else:
+            # Some site is dense, and each of those may choose channels_last.
+            dense = [
+                name for name in names
+                if name in self.sites
+                and cast(nn.Conv2d, owner.get_submodule(name[prefix:])).groups == 1
+            ]  # fmt: skip
+            serves = (
+                len(names) >= 2
+                and bool(dense)
+                and all(self.sites[name].free_layout for name in dense)
+            )
+        if serves:
+            yield Run(
+                start, stop, tuple(draft.stages), tuple(draft.inert), draft.flat_input, draft.flat
+            )
 
-    def _stages(self, module: nn.Module, path: str) -> list[Stage] | None:
-        """What a module does, if that is nothing but a run of sites; None if it is more."""
-        if path in self.sites:
-            return [Stage(path)] if _plain(module) else None
-        if path in self.quiet or type(module) is nn.Identity:
-            return []
-        if self.is_leaf(module) or not any(name.startswith(path + ".") for name in self.sites):
+    def _extended(self, draft: _Draft, module: nn.Module, path: str) -> _Draft | None:
+        """The draft with what a module does; None if that is more than a run can hold."""
+        longer = draft.copy()
+        if self.module(longer, module, path):
+            return longer
+        inner = [m for m in module.modules() if m is not module]
+        if self.look.is_leaf(module) or not inner:
             return None
         found = []
         try:
             for training in (True, False):  # evaluation comes last: that mode stays
                 module.train(training)
-                graph = tracing.trace(module, self.is_leaf)
-                found.append(self._read(graph, dict(module.named_modules()), path))
+                graph = tracing.trace(module, self.look.is_leaf)
+                longer = draft.copy()
+                read = _Reader(self, longer, dict(module.named_modules()), path).read(graph)
+                found.append(longer if read else None)
         except Exception:  # tracing runs the model's own code
             return None
         finally:
             module.eval()
         return found[0] if found[0] == found[1] else None
 
-    def _read(
-        self, graph: fx.Graph, modules: dict[str, nn.Module], path: str
-    ) -> list[Stage] | None:
-        values: dict[fx.Node, int] = {}
-        stages: list[Stage] = []
+    def module(self, draft: _Draft, module: nn.Module, path: str) -> bool:
+        """Extends a draft by what a module does to its latest value, if it knows it."""
+        one_pixel = draft.latest in draft.pooled
+        forward = type(module).forward
+        if path in self.sites:
+            conv = cast(nn.Conv2d, module)
+            if draft.flat or not (conv.groups == 1 or is_depthwise(conv)):
+                return False
+            pooled = one_pixel and _is_pointwise(conv)
+            draft.convolve(path, conv.in_channels, conv.out_channels, pooled)
+            return True
+        if path in self.quiet or type(module) is nn.Identity:
+            return True
+        if self.look.altered(module) is not None:
+            return False
+        if self.look.activation(module) is None and self.look.rests(module):
+            draft.inert.append(path)
+            return True
+        if isinstance(module, nn.Conv2d):
+            plain = self.look.why_not_plain(module) is None and module.groups == 1
+            if draft.flat or not plain or not _is_pointwise(module):
+                return False
+            draft.convolve(path, module.in_channels, module.out_channels, one_pixel)
+            return True
+        if forward is nn.Linear.forward:
+            if draft.latest == 0:
+                draft.flat = draft.flat_input = True
+                draft.pooled.add(0)
+            if not draft.flat:
+                return False
+            linear = cast(nn.Linear, module)
+            draft.convolve(path, linear.in_features, linear.out_features, True)
+            return True
+        if draft.flat_input and draft.latest == 0:
+            return False
+        if forward is nn.AdaptiveAvgPool2d.forward and not draft.flat:
+            if module.output_size not in (1, (1, 1)):
+                return False
+            draft.pool()
+            return True
+        if forward is nn.Flatten.forward:
+            return self.flattened(draft, (module.start_dim, module.end_dim))
+        return self.activated(draft, self.look.activation(module))
+
+    @staticmethod
+    def flattened(draft: _Draft, dims: tuple[object, object]) -> bool:
+        if draft.latest not in draft.pooled or dims not in ((1, -1), (1, 3)) or draft.flat:
+            return False
+        draft.flat = True
+        return True
+
+    def activated(self, draft: _Draft, activation: Activation | None) -> bool:
+        """An activation goes to the plain convolution before it."""
+        if activation == IDENTITY:
+            return True
+        last = draft.last_conv()
+        if (
+            activation is None or last is None or last.module in self.sites
+            or last.activation != IDENTITY or last.other is not None
+        ):  # fmt: skip
+            return False
+        draft.stages[-1] = replace(last, activation=activation)
+        return True
+
+
+class _Reader:
+    """Extends a draft by a traced forward."""
+
+    def __init__(
+        self, finder: _Finder, draft: _Draft, modules: dict[str, nn.Module], path: str
+    ) -> None:
+        self.finder = finder
+        self.draft = draft
+        self.modules = modules
+        self.path = path
+        self.values: dict[fx.Node, int] = {}
+
+    def read(self, graph: fx.Graph) -> bool:
         for node in graph.nodes:
-            inputs = [values.get(n) for n in node.all_input_nodes]
+            inputs = [self.values.get(n) for n in node.all_input_nodes]
             if None in inputs or (node.op != "placeholder" and not inputs):
-                return None
-            latest = len(stages)
+                return False
             if node.op == "placeholder":
-                if values:
-                    return None
-                values[node] = 0
+                if self.values:
+                    return False
+                self.values[node] = self.draft.latest
             elif node.op == "output":
-                return (
-                    stages
-                    if node.args == (node.all_input_nodes[0],) and inputs == [latest]
-                    else None
-                )
-            elif node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
-                name = _join(path, str(node.target))
-                if inputs != [latest]:
-                    return None
-                if name in self.sites and _plain(modules[str(node.target)]):
-                    stages.append(Stage(name))
-                    values[node] = latest + 1
-                elif name in self.quiet or type(modules[str(node.target)]) is nn.Identity:
-                    values[node] = latest
-                else:
-                    return None
-            elif node.target in (operator.add, operator.iadd, torch.add) and len(node.args) == 2:
-                conv = modules.get(stages[-1].conv.removeprefix(path + ".")) if stages else None
-                if (
-                    len(inputs) != 2 or latest not in inputs or node.kwargs
-                    or not isinstance(conv, nn.Conv2d) or conv.groups != 1
-                    or stages[-1].residual is not None
-                    # Nobody else may have seen the sum's first part.
-                    or any(v == latest and len(n.users) > 1 for n, v in values.items())
-                ):  # fmt: skip
-                    return None
-                stages[-1] = Stage(stages[-1].conv, min(cast(list[int], inputs)))
-                values[node] = latest
+                return node.args == (node.all_input_nodes[0],) and inputs == [self.draft.latest]
+            elif self._node(node, cast(list[int], inputs)):
+                self.values[node] = self.draft.latest
             else:
-                return None
-        return None
+                return False
+        return False
+
+    def _node(self, node: fx.Node, inputs: list[int]) -> bool:
+        draft, finder = self.draft, self.finder
+        if node.target in (operator.add, operator.iadd, torch.add):
+            return self._sum(node, inputs)
+        if node.target in (operator.mul, torch.mul):
+            return self._scaled(node, inputs)
+        if inputs != [draft.latest] or not tracing.constants_only(node):
+            return False
+        before = [*draft.stages]
+        if node.op == "call_module":
+            name = str(node.target)
+            known = (
+                len(node.args) == 1 and not node.kwargs
+                and finder.module(draft, self.modules[name], _join(self.path, name))
+            )  # fmt: skip
+        elif _is_mean(node) and not draft.flat:
+            draft.pool()
+            known = True
+        elif node.op == "call_method" or tracing.is_of_torch(node.target):
+            call = Call(node.target, tuple(node.args[1:]), dict(node.kwargs))
+            known = finder.activated(draft, activation_of(call))
+        else:
+            known = False
+        # A convolution that took its activation over no longer gives what was before that.
+        took_over = len(draft.stages) == len(before) and draft.stages != before
+        return known and not (took_over and self._seen_elsewhere(draft.latest))
+
+    def _seen_elsewhere(self, value: int) -> bool:
+        """Whether one of the nodes that are one value of the run is read more than once."""
+        return any(v == value and len(n.users) > 1 for n, v in self.values.items())
+
+    def _sum(self, node: fx.Node, inputs: list[int]) -> bool:
+        draft = self.draft
+        last = draft.last_conv()
+        if (
+            len(node.args) != 2 or len(inputs) != 2 or draft.latest not in inputs or node.kwargs
+            or last is None or last.other is not None or last.activation != IDENTITY or draft.flat
+            or self._conv(last).groups != 1
+            or self._seen_elsewhere(draft.latest)
+        ):  # fmt: skip
+            return False
+        other = min(inputs)
+        same_map = (other in draft.pooled) == (draft.latest in draft.pooled)
+        if not same_map or draft.channels[other] != draft.channels[-1]:
+            return False
+        draft.stages[-1] = replace(last, other=other)
+        return True
+
+    def _conv(self, stage: Stage) -> Any:
+        """The module of a convolution of this graph; one of an earlier child has no groups."""
+        prefix = len(self.path) + 1 if self.path else 0
+        return self.modules.get(cast(str, stage.module)[prefix:], _ELSEWHERE)
+
+    def _scaled(self, node: fx.Node, inputs: list[int]) -> bool:
+        draft = self.draft
+        if len(node.args) != 2 or len(inputs) != 2 or draft.latest not in inputs or node.kwargs:
+            return False
+        other = min(inputs)
+        if draft.latest not in draft.pooled or other in draft.pooled or draft.flat:
+            return False
+        return draft.scale(other)
 
 
-def _plain(conv: nn.Module) -> bool:
-    return cast(nn.Conv2d, conv).groups == 1 or is_depthwise(conv)
+class _Elsewhere:
+    groups = 0
+
+
+_ELSEWHERE = _Elsewhere()
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    edges = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
+    return conv.kernel_size == conv.stride == (1, 1) and edges == (0, 0)
+
+
+def _is_mean(node: fx.Node) -> bool:
+    """Whether a call takes the mean over H and W and keeps both dimensions."""
+    given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
+    if node.target in ("mean", torch.mean):
+        axes = given.get("dim")
+        over = isinstance(axes, list | tuple) and set(axes) in ({2, 3}, {-1, -2})
+        return over and given.get("keepdim") is True and given.keys() == {"dim", "keepdim"}
+    sizes = (1, (1, 1), [1, 1])
+    return node.target is F.adaptive_avg_pool2d and (
+        node.args[1:] in [(size,) for size in sizes] or node.kwargs.get("output_size") in sizes
+    )
 
 
 def _join(path: str, name: str) -> str:

@@ -20,11 +20,14 @@ from mnet_kernels import ops
 from mnet_kernels.fold import Snapshot, fold, statistics_of
 from mnet_kernels.nn import FusedConv2d, Fusion, recorded
 from mnet_kernels.plan import Run
+from mnet_kernels.probe import Activation
 from mnet_kernels.reference import ACTIVATIONS
+
+_Conv = FusedConv2d | nn.Conv2d | nn.Linear
 
 _conv_sequence = torch.ops.mnet_kernels.conv_sequence.default
 #: Columns of the operator's `stages`.
-KIND, RESIDUAL = 0, 14
+KIND, OTHER = 0, 14
 
 
 class Sequenced:
@@ -52,7 +55,7 @@ class Sequenced:
 
 
 def run_sequence(x: Tensor, stages: Tensor, constants: Tensor) -> Tensor:
-    """The operator itself; csrc/cpu/conv_sequence.cpp says what is in ``stages`` and
+    """The operator itself; csrc/cpu/sequence.h says what is in ``stages`` and
     ``constants``."""
     return _conv_sequence(x, stages, constants)
 
@@ -65,9 +68,15 @@ class Runner:
     """
 
     def __init__(self, owner: nn.Module, run: Run, fast: nn.Module) -> None:
-        self.names = [stage.conv for stage in run.stages]
-        self.convs = [cast(FusedConv2d, fast.get_submodule(s.conv)) for s in run.stages]
-        self.residuals = [-1 if s.residual is None else s.residual for s in run.stages]
+        self.run = run
+        #: By stage; None where it is no convolution.
+        self.modules = [
+            None if s.module is None else cast(_Conv, fast.get_submodule(s.module))
+            for s in run.stages
+        ]
+        self.convs = [module for module in self.modules if module is not None]
+        self.channels = _inputs(self.convs[0])
+        self.inert = [fast.get_submodule(path) for path in run.inert]
         members = cast(list[nn.Module], list(owner._modules.values()))[run.start : run.stop]
         modules = list(dict.fromkeys(m for member in members for m in member.modules()))
         #: The tree as it was found: what was exchanged since is not run over.
@@ -84,13 +93,18 @@ class Runner:
         sources: list[Tensor] = []
         constants: list[Any] = [x.dtype]
         for held, parameters in self._bound[0]:
-            fusion: Fusion = held["fusion"]
-            norm, bias = fusion.norm, parameters["bias"]
-            if fusion.declined is not None or fusion.backend not in (None, "cpu"):
+            weight, bias = parameters.get("weight"), parameters["bias"]
+            if weight is None:  # parametrised
                 return None
-            sources.append(cast(Tensor, parameters["weight"]))
+            sources.append(weight)
             if bias is not None:
                 sources.append(bias)
+            fusion: Fusion | None = held.get("fusion")
+            if fusion is None:
+                continue
+            norm = fusion.norm
+            if fusion.declined is not None or fusion.backend not in (None, "cpu"):
+                return None
             eps = None
             if norm is not None:
                 statistics = statistics_of(norm)
@@ -108,8 +122,11 @@ class Runner:
             ):
                 return None
             kept = self._kept = (constants, Snapshot(sources), *self._pack())
+        if self.run.flat_input:
+            x = x[:, :, None, None]
         self._seen = x.shape, x.dtype
-        return run_sequence(x, *kept[2:])
+        y = run_sequence(x, *kept[2:])
+        return y.flatten(1) if self.run.flat_output else y
 
     @property
     def latest(self) -> tuple[torch.Size, torch.dtype, Tensor, Tensor] | None:
@@ -127,12 +144,13 @@ class Runner:
             type(x) is Tensor
             and ops.packs(x.dtype)
             and x.is_cpu
-            and x.dim() == 4
+            and x.dim() == (2 if self.run.flat_input else 4)
             and x.numel() > 0
-            and x.shape[1] == self.convs[0].in_channels
+            and x.shape[1] == self.channels
             and not (x.requires_grad and torch.is_grad_enabled())
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._are_functorch_transforms_active()
+            and not any(module.training for module in self.inert)
             and self.unobserved()
         )
 
@@ -157,25 +175,24 @@ class Runner:
         )
 
     def _pack(self) -> tuple[Tensor, Tensor]:
-        """(stages, constants) as csrc/cpu/conv_sequence.cpp reads them."""
+        """(stages, constants) as csrc/cpu/sequence.h reads them."""
         rows: list[list[int]] = []
         parts: list[Tensor] = []
-        names = list(ACTIVATIONS)
-        offset = 0
-        for conv, residual in zip(self.convs, self.residuals, strict=True):
-            fusion = conv.fusion
-            dense = conv.groups == 1
-            edges = (-1,) * 4 if fusion.pad == "same" else conv.padding_edges()
-            kind = 1 if dense else {None: 0, True: 2, False: 3}[fusion.pair]
-            rows.append([
-                kind, conv.in_channels, conv.out_channels, *conv.kernel_size, *conv.stride,
-                *conv.dilation, *edges, names.index(fusion.activation), residual, offset,
-            ])  # fmt: skip
+        offset, channels = 0, self.channels
+        for stage, conv in zip(self.run.stages, self.modules, strict=True):
+            other = -1 if stage.other is None else stage.other
+            if conv is None:
+                kind = {"pool": 4, "scale": 5}[stage.kind]
+                rows.append([kind, channels, channels, *[1] * 6, *[0] * 5, other, 0])
+                continue
+            channels = conv.weight.shape[0]
+            rows.append([*_row(conv, stage.activation), other, offset])
             for values in _flat(conv):
                 cells = F.pad(values, (0, -values.nbytes % 64 // values.itemsize))
                 parts.append(cells.view(torch.float32))
                 offset += len(parts[-1])
-            parts.append(torch.tensor([fusion.slope] + [0.0] * 15))
+            slope = (conv.fusion if isinstance(conv, FusedConv2d) else stage.activation).slope
+            parts.append(torch.tensor([slope] + [0.0] * 15))
             offset += 16
         return torch.tensor(rows), torch.cat(parts)
 
@@ -185,10 +202,32 @@ class Runner:
         return state
 
 
-def _flat(conv: FusedConv2d) -> Iterator[Tensor]:
+def _inputs(conv: _Conv) -> int:
+    return conv.in_features if isinstance(conv, nn.Linear) else conv.in_channels
+
+
+def _row(conv: _Conv, activation: Activation) -> list[int]:
+    """A convolution's row of `stages` up to its activation; ``activation``: a plain one's."""
+    names = list(ACTIVATIONS)
+    outputs, inputs = conv.weight.shape[0], _inputs(conv)
+    if not isinstance(conv, FusedConv2d):  # 1x1
+        return [1, inputs, outputs, *[1] * 6, *[0] * 4, names.index(activation.name)]
+    fusion = conv.fusion
+    edges = (-1,) * 4 if fusion.pad == "same" else conv.padding_edges()
+    kind = 1 if conv.groups == 1 else {None: 0, True: 2, False: 3}[fusion.pair]
+    return [
+        kind, inputs, outputs, *conv.kernel_size, *conv.stride, *conv.dilation, *edges,
+        names.index(fusion.activation),
+    ]  # fmt: skip
+
+
+def _flat(conv: _Conv) -> Iterator[Tensor]:
     """Weight, scale and shift as the kernels read them."""
-    weight, channels = conv.weight.detach(), conv.out_channels
-    if conv.groups == 1:
+    weight, channels = conv.weight.detach(), conv.weight.shape[0]
+    outputs = channels
+    if isinstance(conv, nn.Linear):
+        weight = weight[:, :, None, None]
+    if isinstance(conv, nn.Linear) or conv.groups == 1:
         weight = ops.pack_conv_weight(weight)
         channels = weight.shape[0] * 32
         yield weight.flatten()
@@ -197,9 +236,10 @@ def _flat(conv: FusedConv2d) -> Iterator[Tensor]:
         yield weight.float()
         if weight.dtype != torch.float32:  # some kernels want it so
             yield weight
+    norm = conv.fusion.norm if isinstance(conv, FusedConv2d) else None
     fills = (1.0, 0.0)
-    for given, fill in zip(fold(torch.float32, conv.bias, conv.fusion.norm), fills, strict=True):
+    for given, fill in zip(fold(torch.float32, conv.bias, norm), fills, strict=True):
         values = torch.full((channels,), fill)
         if given is not None:
-            values[: conv.out_channels] = given.detach()
+            values[:outputs] = given.detach()
         yield values

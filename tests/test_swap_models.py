@@ -203,9 +203,9 @@ def test_export(pictures):
 def test_mobilenet_v1_absorbs_its_padding():
     fast = swap(made("mobilenet_v1"))
     pads = {path: module.fusion.pad for path, module in sites(fast) if any(module.fusion.pad)}
-    assert pads == {f"conv_dw_{i}": (0, 0, 1, 1) for i in (2, 4, 6, 12)}
+    assert pads == {"conv1": "same", **{f"conv_dw_{i}": (0, 0, 1, 1) for i in (2, 4, 6, 12)}}
     x = torch.randn(1, 32, 7, 7)
-    assert fast.get_submodule("conv_pad_2")(x) is x
+    assert fast.get_submodule("conv1_pad")(x) is fast.get_submodule("conv_pad_2")(x) is x
 
 
 def test_layout_is_free_in_every_classifier():

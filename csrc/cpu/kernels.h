@@ -87,6 +87,17 @@ struct ConvCall {
   int64_t pixel_blocks, channel_blocks;  // a task is one of each
 };
 
+// The mean of every channel over an image's pixels, or every pixel times a factor for each channel,
+// channels_last, float32 or bfloat16.
+struct MapCall {
+  int64_t N, C, pixels;
+  const void* x;
+  const void* gate;  // (N, C): the factors; of means unused
+  void* y;           // of factors it may be x
+  Element element;
+  int64_t parts;  // of an image, each a task: of its channels for means, of its pixels for factors
+};
+
 struct Kernels {
   const char* name;
   int64_t width;  // float lanes of a vector
@@ -100,6 +111,8 @@ struct Kernels {
   void (*conv_channels_last)(const ConvCall&, int64_t begin, int64_t end, void* scratch);
   // Bytes of scratch that a thread of conv_channels_last needs.
   int64_t (*conv_channels_last_scratch)(const ConvCall&);
+  void (*pool_channels_last)(const MapCall&, int64_t begin, int64_t end);
+  void (*scale_channels_last)(const MapCall&, int64_t begin, int64_t end);
   // Partials: a pivot, and the sums of (convolution - pivot) and of its square.
   void (*dwconv_statistics)(const DwconvTrainingCall&, int64_t begin, int64_t end, void* scratch);
   // Partials: the sums of dz * centred and of dz.

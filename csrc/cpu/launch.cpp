@@ -42,10 +42,20 @@ int64_t plan(ConvCall& call, int64_t threads) {
   const int64_t pixels = call.N * call.OH * call.OW, block = block_pixels(call, threads);
   call.pixel_blocks = (pixels + block - 1) / block;
   call.channel_blocks = 1;
-  if (threads > 1 && call.pixel_blocks < 4 * threads)
+  constexpr int64_t kWorthSharing = 128 << 10;  // products; less takes about as long as to share it
+  if (pixels * call.taps * call.K < kWorthSharing) {
+    call.pixel_blocks = 1;
+  } else if (threads > 1 && call.pixel_blocks < 4 * threads)
     call.channel_blocks =
         std::min(panels_of(call.K), (4 * threads + call.pixel_blocks - 1) / call.pixel_blocks);
   return call.pixel_blocks * call.channel_blocks;
+}
+
+// Below so many bytes a map is done before a second thread would have begun.
+int64_t parts_of(const MapCall& call, int64_t most, int64_t threads) {
+  constexpr int64_t kWorthSharing = 64 << 10;
+  const int64_t bytes = call.N * call.pixels * call.C * (call.element == Element::bf16 ? 2 : 4);
+  return bytes < kWorthSharing ? 1 : std::min(most, (threads + call.N - 1) / call.N);
 }
 
 void run_conv_on(ConvCall& call, int64_t threads) {
@@ -112,5 +122,18 @@ void run_conv(ConvCall& call, const Problem& p, int64_t threads) {
 }
 
 void run_conv_here(ConvCall& call) { run_conv_on(call, 1); }
+
+void run_pool(MapCall& call, int64_t threads) {
+  call.parts = parts_of(call, panels_of(call.C), threads);
+  share(call.N * call.parts, threads,
+        [&](int64_t begin, int64_t end) { active_kernels().pool_channels_last(call, begin, end); });
+}
+
+void run_scale(MapCall& call, int64_t threads) {
+  call.parts = parts_of(call, call.pixels, threads);
+  share(call.N * call.parts, threads, [&](int64_t begin, int64_t end) {
+    active_kernels().scale_channels_last(call, begin, end);
+  });
+}
 
 }  // namespace mnet::cpu

@@ -14,12 +14,14 @@ from mnet_kernels.nn.fused import (
     is_depthwise,
     recorded,
 )
+from mnet_kernels.nn.padding import SamePad2d
 
 __all__ = [
     "DepthwiseConvBNAct",
     "FusedConv2d",
     "Fusion",
     "NamedActivation",
+    "SamePad2d",
     "absorbed",
     "check_backend",
     "in_functorch",

@@ -1,0 +1,46 @@
+// What conv_sequence is given, checked: its stages, and where what passes between them is kept.
+#pragma once
+
+#include <vector>
+
+#include "../tensor.h"
+#include "launch.h"
+#include "pair.h"
+
+namespace mnet::cpu {
+
+enum class Kind { depthwise, dense, pool, scale };
+
+// Of `values`, value 0 is the sequence's input and value i + 1 the result of stage i. Every stage
+// reads the value before it, and some another one: dense, `other` is added to the result; scale,
+// `other` is multiplied by the value before, one factor a channel.
+struct Stage {
+  Problem p;  // of one image; a pool has one pixel of output
+  Kind kind;
+  int64_t other;  // or -1
+  const float *weight, *scale, *shift;
+  const float* own_weight;  // depthwise bfloat16: the weight in that type
+  Pairing pairing = Pairing::by_cost;
+  bool feeds_block = false;  // with the next stage, which is the only one to read the result
+  int64_t slot = -1;         // where the result goes; the last one is the caller's
+};
+
+struct Sequence {
+  std::vector<Stage> stages;
+  std::vector<int64_t> slots;  // sizes in bytes, of one image
+  int64_t image = 0;           // the sum of slots
+};
+
+inline int64_t size_of(DType dtype) { return dtype == DType::bfloat16 ? 2 : 4; }
+
+// Raises what is wrong with the arguments. `constants` must outlive the result.
+//
+// A row of `stages` (int64, 16 columns): kind (0 depthwise, 2 always and 3 never paired with what
+// follows, where it can be; 1 dense; 4 pool: the mean of all pixels; 5 scale), C, K, KH, KW, SH,
+// SW, DH, DW, top, left, bottom, right (top = -1: as TensorFlow's "same"), activation, other,
+// offset in `constants`. There lie, each on its own cache lines: the weight (packed, or in float32
+// by tap; in bfloat16 depthwise ones once more in bfloat16, for kernels that want them so), scale,
+// shift, slope. Of pool and scale only kind, C = K and other count.
+Sequence checked_sequence(const Tensor& x, const Tensor& stages, const Tensor& constants);
+
+}  // namespace mnet::cpu

@@ -1,0 +1,397 @@
+"""Squeeze-and-excitation, global means and classifiers inside a run."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_sequences import both_dtypes, calls, finish, one_by_one, runs, unit  # noqa: F401
+from test_swap import image, network, randomize
+from torch import nn
+from torchvision.models import mobilenet_v2, mobilenet_v3_small
+from torchvision.ops import SqueezeExcitation, StochasticDepth
+
+from mnet_kernels import models
+from mnet_kernels.swap import explain, swap
+
+conv_sequence = torch.ops.mnet_kernels.conv_sequence.default
+
+
+class Gate(nn.Module):
+    """Squeeze and excitation as timm writes it."""
+
+    def __init__(self, channels, squeezed=5, act=nn.SiLU, gate=nn.Hardsigmoid):
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, squeezed, 1)
+        self.act = act()
+        self.expand = nn.Conv2d(squeezed, channels, 1)
+        self.gate = gate()
+
+    def forward(self, x):
+        y = x.mean((2, 3), keepdim=True)
+        return x * self.gate(self.expand(self.act(self.reduce(y))))
+
+
+def gated(channels=20, gate=None):
+    """What MobileNetV3's blocks are made of, between two other layers."""
+    gate = gate or SqueezeExcitation(channels, 7, scale_activation=nn.Hardsigmoid)
+    return [
+        unit(3, channels, 3, padding=1, act=nn.Hardswish),
+        nn.Sequential(
+            unit(channels, channels, 5, channels, padding=2, act=nn.Hardswish),
+            gate,
+            unit(channels, 60, act=None),
+        ),
+        unit(60, 60, act=nn.ReLU),
+    ]
+
+
+def mean_error(y, exact):
+    return (y.double() - exact).abs().mean()
+
+
+def check_accuracy(model, fast, x):
+    """Not further from float64 than native, beyond what rounding does to either."""
+    with torch.no_grad():
+        y, native = fast(x), model(x)
+        exact = copy.deepcopy(model).double()(x.double())
+    assert y.shape == native.shape and y.dtype == native.dtype
+    epsilon = torch.finfo(x.dtype).eps
+    error, allowed = mean_error(y, exact), mean_error(native, exact)
+    assert error <= 1.25 * allowed + epsilon / 2 * exact.abs().mean()
+
+
+# ---- the operator's two new stages, on every instruction set -----------------------------------
+
+
+def filled(rows):
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def pool(channels):
+    return [4, channels, channels, *[1] * 6, *[0] * 5, -1, 0]
+
+
+def scale(channels, other):
+    return [5, channels, channels, *[1] * 6, *[0] * 5, other, 0]
+
+
+@both_dtypes
+@pytest.mark.parametrize("channels", [1, 3, 16, 31, 32, 64, 77, 130])
+@pytest.mark.parametrize("size", [(1, 1), (7, 7), (13, 11), (40, 41)])
+def test_mean_and_product(instruction_set, dtype, channels, size):
+    x = (image(3, channels, *size) + 1).to(dtype).to(memory_format=torch.channels_last)
+    nothing = torch.zeros(16)
+    mean = conv_sequence(x, filled([pool(channels)]), nothing)
+    exact = x.double().mean((2, 3), keepdim=True)
+    assert mean.shape == exact.shape and mean.dtype == dtype
+    # Sums of 16 values, of 16 such sums, and of those, in float32; rounded once to x's type.
+    roundings = 16 + 16 + math.ceil(size[0] * size[1] / 256) + 1
+    unit_roundoff = torch.finfo(torch.float32).eps / 2
+    allowed = roundings * unit_roundoff * x.double().abs().mean((2, 3), keepdim=True)
+    if dtype == torch.bfloat16:
+        allowed += torch.finfo(dtype).eps / 2 * exact.abs()
+    assert ((mean.double() - exact).abs() <= allowed).all()
+    product = conv_sequence(x, filled([pool(channels), scale(channels, 0)]), nothing)
+    assert torch.equal(product, x * mean)
+    assert product.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_threads_change_nothing(threads, batch):
+    """Large enough to be shared out; a product in place and one whose operand is read later."""
+    x = image(batch, 96, 30, 31).to(memory_format=torch.channels_last)
+    rows = [pool(96), scale(96, 0), pool(96), scale(96, 2), pool(96), scale(96, 2)]
+    torch.set_num_threads(threads)
+    y = conv_sequence(x, filled(rows), torch.zeros(16))
+    first = x * conv_sequence(x, filled([pool(96)]), torch.zeros(16))
+    mean = conv_sequence(first, filled([pool(96)]), torch.zeros(16))
+    again = conv_sequence(first * mean, filled([pool(96)]), torch.zeros(16))
+    assert torch.equal(y, first * again)
+
+
+@pytest.mark.parametrize(
+    "rows,message",
+    [
+        ([[6, *pool(8)[1:]]], "a kind from 0 to 5"),
+        ([[4, 8, 9, *pool(8)[3:]]], "as many channels as before"),
+        ([pool(7)], "x: expected 7 channels, got 8"),
+        ([scale(8, 0)], "an earlier value to multiply by one factor a channel"),
+        ([pool(8), scale(8, -1)], "an earlier value to multiply"),
+        ([pool(8), scale(8, 2)], "an earlier value to multiply"),
+        ([[*pool(8)[:-2], 0, 0]], "as residual"),
+    ],
+)
+def test_stages_are_checked(rows, message):
+    with pytest.raises(RuntimeError, match=f"conv_sequence: .*{message}"):
+        conv_sequence(image(1, 8, 4, 4), filled(rows), torch.zeros(16))
+
+
+# ---- gates -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("make", [lambda: None, lambda: Gate(20), lambda: Gate(20, 6, nn.ReLU)])
+@both_dtypes
+def test_squeeze_and_excitation(calls, make, batch, threads, dtype):  # noqa: F811
+    model = randomize(finish(*gated(gate=make()))).to(dtype)
+    fast = swap(model)
+    assert runs(fast) == {"": [(0, 3, 8)]}
+    torch.set_num_threads(threads)
+    check_accuracy(model, fast, image(batch, 3, 17, 21).to(dtype))
+    assert len(calls) == 1
+
+
+def seen_inside(self, x):
+    y = self.reduce(x.mean((2, 3), keepdim=True))
+    return x * torch.sigmoid(self.expand(y)) + y.sum()
+
+
+def before_its_activation(self, x):
+    y = self.reduce(x.mean((2, 3), keepdim=True))
+    return x * (self.expand(F.relu(y)) + self.expand(y))
+
+
+def one_for_all_channels(self, x):
+    return x * self.expand(x.mean((2, 3), keepdim=True))
+
+
+def flat_mean(self, x):
+    return x * self.reduce(x.mean((2, 3))[..., None, None])
+
+
+def largest(self, x):
+    return x * self.expand(F.adaptive_max_pool2d(x, 1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Gate(20, gate=nn.Sigmoid),  # none of our activations
+        lambda: Gate(20, act=nn.Tanh),
+        lambda: network(seen_inside, reduce=nn.Conv2d(20, 4, 1), expand=nn.Conv2d(4, 20, 1)),
+        lambda: network(
+            before_its_activation, reduce=nn.Conv2d(20, 4, 1), expand=nn.Conv2d(4, 20, 1)
+        ),
+        lambda: network(one_for_all_channels, expand=nn.Conv2d(20, 1, 1)),
+        lambda: network(flat_mean, reduce=nn.Conv2d(20, 20, 1)),
+        lambda: network(largest, expand=nn.Conv2d(20, 20, 1)),
+    ],
+)
+def test_other_gates_end_a_run(make):
+    model = randomize(finish(unit(3, 20), unit(20, 20), make(), unit(20, 20), unit(20, 6)))
+    fast = swap(model)
+    assert [(a, b) for a, b, _ in runs(fast)[""]] == [(0, 2), (3, 5)]
+    x = image(2, 3, 9, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+# ---- heads -------------------------------------------------------------------------------------
+
+
+def head_of_linears(channels=60):
+    return [
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 70), nn.Hardswish(inplace=True),
+        nn.Dropout(0.2, inplace=True), nn.Linear(70, 333, bias=False),
+    ]  # fmt: skip
+
+
+def head_of_convolutions(channels=60):
+    return [
+        nn.AdaptiveAvgPool2d((1, 1)), nn.Dropout(0.1), nn.Conv2d(channels, 333, 1), nn.Flatten()
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize(
+    "head,stages", [(head_of_linears, 11), (head_of_convolutions, 10)], ids=["linear", "conv"]
+)
+@both_dtypes
+def test_a_whole_network_in_one_call(calls, head, stages, batch, dtype):  # noqa: F811
+    model = randomize(nn.Sequential(*gated(), *head())).to(dtype)
+    fast = swap(model)
+    assert runs(fast) == {"": [(0, len(model), stages)]}
+    check_accuracy(model, fast, image(batch, 3, 12, 15).to(dtype))
+    assert len(calls) == 1
+
+
+class Net(nn.Module):
+    """As torchvision's MobileNetV3: a body and a classifier that get what lies between from the
+    network."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(*gated())
+        self.classifier = nn.Sequential(*head_of_linears()[2:])
+
+    def forward(self, x):
+        return self.classifier(F.adaptive_avg_pool2d(self.body(x), 1).flatten(1))
+
+
+@pytest.fixture
+def net():
+    return randomize(Net())
+
+
+@both_dtypes
+def test_a_classifier_by_itself(net, calls, dtype):  # noqa: F811
+    net = net.to(dtype)
+    fast = swap(net)
+    assert runs(fast) == {"body": [(0, 3, 8)], "classifier": [(0, 4, 2)]}
+    check_accuracy(net, fast, image(3, 3, 12, 15).to(dtype))
+    assert len(calls) == 2
+    with torch.no_grad():
+        tokens = torch.randn(2, 7, 60, dtype=dtype)  # Linear takes more than (N, C)
+        assert torch.equal(fast.classifier(tokens), net.classifier(tokens))
+    assert len(calls) == 2
+
+
+def test_networks_without_a_run_keep_their_linears():
+    assert runs(swap(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval())) == {}
+
+
+@pytest.mark.parametrize(
+    "make,layers",
+    [
+        (lambda: models.mobilenet_v1(0.25, 500), {"": 28}),
+        (lambda: mobilenet_v2(num_classes=500, width_mult=0.35), {"features": 52, "classifier": 1}),
+        (lambda: mobilenet_v3_small(num_classes=500), {"features": 52, "classifier": 2}),
+    ],
+)
+@both_dtypes
+def test_real_networks(make, layers, dtype):
+    model = randomize(make()).to(dtype)
+    fast = swap(model)
+    x = image(3, 3, 64, 96).to(dtype)
+    check_accuracy(model, fast, x)
+    told = str(explain(fast))
+    for path, count in layers.items():
+        assert f"{path or 'the model'}: {count} layers in one call each" in told
+
+
+# ---- when it is taken --------------------------------------------------------------------------
+
+
+def hook(net):
+    seen = []
+    net.body[1][1].fc1.register_forward_hook(lambda m, args, y: seen.append(y))
+    return lambda: len(seen) == 1
+
+
+def drop(net):
+    net.classifier[2].train()
+
+
+def parametrise(net):
+    nn.utils.parametrize.register_parametrization(net.classifier[0], "weight", nn.Tanh())
+    nn.utils.parametrize.register_parametrization(net.body[1][1].fc1, "weight", nn.Tanh())
+
+
+def other_activation(net):
+    net.body[1][1].activation = nn.Tanh()
+    net.classifier[1] = nn.Tanh()
+
+
+@pytest.mark.parametrize(
+    "change,left", [(hook, 1), (drop, 1), (parametrise, 0), (other_activation, 0)]
+)
+def test_not_taken_where_somebody_could_tell(net, calls, change, left):  # noqa: F811
+    fast = swap(net)
+    x = image(2, 3, 12, 13)
+    with torch.no_grad():
+        fast(x)
+        del calls[:]
+        check = change(fast)
+        torch.manual_seed(7)
+        y = fast(x)
+    assert len(calls) == left
+    assert check is None or check()
+    if change is not drop:
+        other = copy.deepcopy(net)
+        change(other)
+        with torch.no_grad():
+            torch.testing.assert_close(y, other(x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_every_weight(net, calls):  # noqa: F811
+    fast = swap(net)
+    x = image(2, 3, 12, 13)
+    fast(x).square().sum().backward()
+    found = {name: p.grad.clone() for name, p in fast.named_parameters()}
+    net.zero_grad()
+    net(x).square().sum().backward()
+    assert not calls
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", ["body.1.1.fc1", "body.1.1.fc2", "classifier.0", "classifier.3"])
+@pytest.mark.parametrize("how", ["in place", "data", "load", "exchange"])
+def test_no_stale_weights(net, calls, module, how):  # noqa: F811
+    fast = swap(net)
+    x = image(2, 3, 12, 13)
+    with torch.no_grad():
+        before = fast(x)
+        layer = fast.get_submodule(module)
+        if how == "in place":
+            layer.weight.mul_(-3)
+        elif how == "data":
+            layer.weight.data[0].fill_(2.0)
+        elif how == "load":
+            layer.load_state_dict({k: v * -2 for k, v in layer.state_dict().items()})
+        else:
+            layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+        y = fast(x)
+        assert len(calls) == 4
+        assert not torch.allclose(y, before)
+        torch.testing.assert_close(y, one_by_one(fast, x), rtol=1e-4, atol=1e-5)
+
+
+def test_copies_and_files(net, calls):  # noqa: F811
+    fast = swap(net)
+    x = image(2, 3, 12, 13)
+    with torch.no_grad():
+        y = fast(x)
+        for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert torch.equal(other(x), y)
+            other.classifier[0].weight.zero_()
+            assert not torch.equal(other(x), y)
+            assert torch.equal(fast(x), y)
+    assert len(calls) == 14
+
+
+def test_explain_tells(net):
+    fast = swap(net)
+    row = {row.module: row for row in explain(fast).rows}["body.1.1.fc2"]
+    assert (row.pattern, row.backend) == ("conv_pw 1x1 + hardsigmoid", "cpu")
+    assert "in one call with" in row.reason
+    row = {row.module: row for row in explain(swap(net.double())).rows}["body.1.1.fc2"]
+    assert (row.backend, row.reason) == ("native", "no normalisation follows")
+
+
+def test_stochastic_depth_rests_in_eval_alone(calls):  # noqa: F811
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.drop = unit(20, 20, act=None), StochasticDepth(0.5, "row")
+
+        def forward(self, x):
+            return self.drop(self.f(x)) + x
+
+    model = randomize(finish(unit(3, 20), Residual(), unit(20, 20)))
+    fast = swap(model)
+    assert runs(fast) == {"": [(0, 3, 3)]}
+    x = image(4, 3, 8, 9)
+    check_accuracy(model, fast, x)
+    assert len(calls) == 1
+    fast[1].drop.train()
+    with torch.no_grad():
+        drawn = {fast(x).sum().item() for _ in range(8)}
+    assert len(calls) == 1 and len(drawn) > 1
