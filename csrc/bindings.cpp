@@ -5,38 +5,15 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <cstring>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cpu/active.h"
+#include "watch.h"
 
 namespace py = pybind11;
-
-namespace {
-
-// A copy of some spans of memory, to tell later whether they still hold the same. Whoever makes it
-// keeps the memory alive.
-class Bytes {
- public:
-  explicit Bytes(const std::vector<std::pair<std::uintptr_t, std::size_t>>& spans) {
-    for (const auto& [address, size] : spans) {
-      const auto* from = reinterpret_cast<const char*>(address);
-      spans_.push_back({from, std::string(from, size)});
-    }
-  }
-  bool unchanged() const {
-    for (const auto& [from, copy] : spans_)
-      if (std::memcmp(from, copy.data(), copy.size()) != 0) return false;
-    return true;
-  }
-
- private:
-  std::vector<std::pair<const char*, std::string>> spans_;
-};
-
-}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "mnet_kernels: build facts. Importing it registers the operators with torch.";
@@ -56,9 +33,15 @@ PYBIND11_MODULE(_C, m) {
     info["instruction_sets"] = mnet::cpu::instruction_sets();
     return info;
   });
-  py::class_<Bytes>(m, "Bytes")
+  py::class_<mnet::Bytes>(m, "Bytes")
       .def(py::init<const std::vector<std::pair<std::uintptr_t, std::size_t>>&>(), py::arg("spans"))
-      .def("unchanged", &Bytes::unchanged);
+      .def("unchanged", &mnet::Bytes::unchanged);
+  py::class_<mnet::Watch>(m, "Watch")
+      .def(py::init<const std::vector<std::tuple<py::dict, py::str, py::object>>&,
+                    const std::vector<std::pair<py::dict, Py_ssize_t>>&,
+                    const std::vector<std::tuple<py::object, std::uintptr_t, std::int64_t>>&>(),
+           py::arg("entries"), py::arg("sizes"), py::arg("tensors"))
+      .def("unchanged", &mnet::Watch::unchanged);
   m.def("set_instruction_set", &mnet::cpu::set_instruction_set, py::arg("name"),
         "Use the CPU kernels of this instruction set from now on (tests and benchmarks).");
 }

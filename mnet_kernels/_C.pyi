@@ -2,8 +2,19 @@
 
 from typing import Any
 
+from torch import Tensor
+
 def build_info() -> dict[str, Any]: ...
 def set_instruction_set(name: str) -> None: ...
+
+class Watch:
+    def __init__(
+        self,
+        entries: list[tuple[dict[str, Any], str, Any]],
+        sizes: list[tuple[dict[Any, Any], int]],
+        tensors: list[tuple[Tensor, int, int]],
+    ) -> None: ...
+    def unchanged(self) -> bool: ...
 
 class Bytes:
     def __init__(self, spans: list[tuple[int, int]]) -> None: ...

@@ -72,7 +72,7 @@ class Snapshot:
     def __init__(self, tensors: list[Tensor]) -> None:
         self._alive = [t.detach() for t in tensors]
         self._addresses: list[int] | None = None  # None: there is nothing to tell by
-        self._versioned: list[tuple[int, int]] = []  # (index, version)
+        self._versions: dict[int, int] = {}  # by index, of those that are not compared whole
         spans = []
         if any(type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors):
             return
@@ -83,7 +83,7 @@ class Snapshot:
                     whole = t.nbytes <= _COMPARED_BYTES
                     spans.append((t.data_ptr(), t.nbytes if whole else _FIRST_BYTES))
                 if not on_cpu or t.nbytes > _COMPARED_BYTES:
-                    self._versioned.append((i, t._version))
+                    self._versions[i] = t._version
             self._addresses = [t.data_ptr() for t in tensors]
         except RuntimeError:  # an inference tensor (no version) or one without memory of its own
             return
@@ -94,8 +94,46 @@ class Snapshot:
         try:
             return (
                 [t.data_ptr() for t in tensors] == self._addresses
-                and all(tensors[i]._version == version for i, version in self._versioned)
+                and all(tensors[i]._version == version for i, version in self._versions.items())
                 and self._bytes.unchanged()
             )
         except RuntimeError:
+            return False
+
+
+class Watch:
+    """A :class:`Snapshot` of tensors that are found in dictionaries, and of these, looked at in one
+    go.
+
+    Args:
+        tensors: as for :class:`Snapshot`.
+        entries: (dictionary, key, value): the very object that must be found there; Ellipsis: none.
+        sizes: (dictionary, its length).
+    """
+
+    def __init__(
+        self,
+        tensors: list[Tensor],
+        entries: list[tuple[dict[str, Any], str, Any]],
+        sizes: list[tuple[dict[Any, Any], int]],
+    ) -> None:
+        self._snapshot = Snapshot(tensors)
+        self._all: Any = None
+        addresses, versions = self._snapshot._addresses, self._snapshot._versions
+        if addresses is not None:
+            located = [
+                (t, address, versions.get(i, -1))
+                for i, (t, address) in enumerate(zip(tensors, addresses, strict=True))
+            ]
+            self._all = _C.Watch(entries, sizes, located)
+
+    def unchanged(self) -> bool:
+        """Whether all is as it was; False if nothing can tell."""
+        try:
+            return (
+                self._all is not None
+                and self._all.unchanged()
+                and self._snapshot._bytes.unchanged()
+            )
+        except RuntimeError:  # a tensor that has no memory of its own any more
             return False

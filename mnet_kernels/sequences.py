@@ -7,8 +7,8 @@ could tell the difference; at all others its modules are called one by one.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from mnet_kernels import ops
-from mnet_kernels.fold import Snapshot, fold, statistics_of
+from mnet_kernels.fold import Watch, fold, statistics_of
 from mnet_kernels.nn import FusedConv2d, Fusion, recorded
 from mnet_kernels.plan import Run
 from mnet_kernels.probe import Activation
@@ -60,11 +60,27 @@ def run_sequence(x: Tensor, stages: Tensor, constants: Tensor) -> Tensor:
     return _conv_sequence(x, stages, constants)
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """What the operator is given besides x, what it was made from, and how to tell that this
+    changed."""
+
+    dtype: torch.dtype
+    sources: list[Tensor]
+    watch: Watch
+    stages: Tensor
+    constants: Tensor
+
+
+def _needs_gradient(sources: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in sources)
+
+
 class Runner:
     """Calls one run's operator, or returns None where its modules have to be called one by one.
 
-    What has to be looked at for that lies scattered in memory that the kernels have just driven
-    out of the caches, so it is kept as little as possible.
+    What has to be looked at for that is looked at in one go (:class:`Watch`): it lies scattered in
+    memory that the kernels have just driven out of the caches.
     """
 
     def __init__(self, owner: nn.Module, run: Run, fast: nn.Module) -> None:
@@ -84,60 +100,87 @@ class Runner:
         self.tree = [(m._modules, tuple(m._modules.values())) for m in (owner, *self.parents)]
         self.forwards = [m.__dict__.get("forward") for m in self.parents]
         self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._kept: tuple[Any, Snapshot, Tensor, Tensor] | None = None
+        self._packed: _Packed | None = None
         self._seen: tuple[torch.Size, torch.dtype] | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:
         if recorded() or not self._serves(x):
             return None
-        sources: list[Tensor] = []
-        constants: list[Any] = [x.dtype]
-        for held, parameters in self._bound[0]:
-            weight, bias = parameters.get("weight"), parameters["bias"]
-            if weight is None:  # parametrised
+        packed = self._packed
+        if packed is None or packed.dtype != x.dtype or not packed.watch.unchanged():
+            packed = self._renewed(x.dtype)
+            if packed is None:
                 return None
-            sources.append(weight)
-            if bias is not None:
-                sources.append(bias)
-            fusion: Fusion | None = held.get("fusion")
-            if fusion is None:
-                continue
-            norm = fusion.norm
-            if fusion.declined is not None or fusion.backend not in (None, "cpu"):
-                return None
-            eps = None
-            if norm is not None:
-                statistics = statistics_of(norm)
-                if statistics[0] is None or (norm.training and fusion.batch_statistics):
-                    return None
-                sources += [t for t in statistics if t is not None]
-                eps = norm.eps
-            constants.append((held["stride"], held["padding"], held["dilation"], eps, fusion.pair))
-        if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
+            self._packed = packed
+        elif _needs_gradient(packed.sources):
             return None
-        kept = self._kept
-        if kept is None or kept[0] != constants or not kept[1].holds(sources):
-            if any(t.dtype not in (torch.float32, x.dtype) or not t.is_cpu for t in sources) or any(
-                cast(Tensor, conv._parameters["weight"]).dtype != x.dtype for conv in self.convs
-            ):
-                return None
-            kept = self._kept = (constants, Snapshot(sources), *self._pack())
         if self.run.flat_input:
             x = x[:, :, None, None]
         self._seen = x.shape, x.dtype
-        y = run_sequence(x, *kept[2:])
+        y = run_sequence(x, packed.stages, packed.constants)
         return y.flatten(1) if self.run.flat_output else y
+
+    def _renewed(self, dtype: torch.dtype) -> _Packed | None:
+        """What the modules are now, packed; None where they have to be called one by one."""
+        if not self.unobserved() or any(module.training for module in self.inert):
+            return None
+        sources: list[Tensor] = []
+        #: Whatever was looked at here, by the dictionary it was found in.
+        entries: list[tuple[dict[str, Any], str, Any]] = []
+
+        def look(held: dict[str, Any], *names: str) -> None:
+            entries.extend((held, name, held.get(name, ...)) for name in names)
+
+        for module in self.inert:
+            look(module.__dict__, "training")
+        for conv in self.convs:
+            held, parameters = conv.__dict__, conv._parameters
+            look(held, "fusion", "stride", "padding", "dilation")
+            look(parameters, "weight", "bias")
+            weight, bias = parameters.get("weight"), parameters["bias"]
+            if weight is None or weight.dtype != dtype:  # None: parametrised
+                return None
+            sources += [weight] if bias is None else [weight, bias]
+            fusion: Fusion | None = held.get("fusion")
+            if fusion is None:
+                continue
+            look(vars(fusion), "norm", "declined", "backend", "batch_statistics", "pair")
+            if fusion.declined is not None or fusion.backend not in (None, "cpu"):
+                return None
+            norm = fusion.norm
+            if norm is None:
+                continue
+            look(norm.__dict__, "training", "eps")
+            look(norm._buffers, "running_mean", "running_var")
+            look(norm._parameters, "weight", "bias")
+            statistics = statistics_of(norm)
+            if statistics[0] is None or (norm.training and fusion.batch_statistics):
+                return None
+            sources += [t for t in statistics if t is not None]
+        if any(t.dtype not in (torch.float32, dtype) or not t.is_cpu for t in sources):
+            return None
+        if _needs_gradient(sources):
+            return None
+        for parent in self.parents:
+            look(parent.__dict__, "forward")
+        for children, _ in self.tree:
+            look(children, *children)
+        sizes: list[tuple[dict[Any, Any], int]] = [
+            (children, len(found)) for children, found in self.tree
+        ]
+        sizes += [(hooks, 0) for hooks in self.hooks]
+        return _Packed(dtype, sources, Watch(sources, entries, sizes), *self._pack())
 
     @property
     def latest(self) -> tuple[torch.Size, torch.dtype, Tensor, Tensor] | None:
         """Shape and dtype of the input of the latest call, and what else the operator was given."""
-        if self._kept is None or self._seen is None:
+        if self._packed is None or self._seen is None:
             return None
-        return *self._seen, *self._kept[2:]
+        return *self._seen, self._packed.stages, self._packed.constants
 
     def packed_bytes(self) -> int:
         """What the weights and constants that are kept for the next call take."""
-        return 0 if self._kept is None else self._kept[3].nbytes
+        return 0 if self._packed is None else self._packed.constants.nbytes
 
     def _serves(self, x: Any) -> bool:
         return (
@@ -150,16 +193,7 @@ class Runner:
             and not (x.requires_grad and torch.is_grad_enabled())
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._are_functorch_transforms_active()
-            and not any(module.training for module in self.inert)
-            and self.unobserved()
-        )
-
-    @functools.cached_property
-    def _bound(self) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], list[dict[str, Any]]]:
-        """The dictionaries of the modules themselves; those of a copy are others."""
-        return (
-            [(conv.__dict__, conv._parameters) for conv in self.convs],
-            [m.__dict__ for m in self.parents],
+            and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
         )
 
     def unobserved(self) -> bool:
@@ -169,8 +203,8 @@ class Runner:
             and not any(self.hooks)
             and all(tuple(held.values()) == found for held, found in self.tree)
             and all(
-                held.get("forward") is found
-                for held, found in zip(self._bound[1], self.forwards, strict=True)
+                parent.__dict__.get("forward") is found
+                for parent, found in zip(self.parents, self.forwards, strict=True)
             )
         )
 
@@ -197,9 +231,7 @@ class Runner:
         return torch.tensor(rows), torch.cat(parts)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_kept": None, "_seen": None}
-        state.pop("_bound", None)
-        return state
+        return {**self.__dict__, "_packed": None, "_seen": None}
 
 
 def _inputs(conv: _Conv) -> int:

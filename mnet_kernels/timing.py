@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import math
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -149,8 +150,9 @@ def interleave(
     gc.disable()  # a collection would land on one candidate at random
     try:
         for number in range(rounds):
-            turn = number % len(names)  # nobody always runs after the same neighbour
-            for name in names[turn:] + names[:turn]:
+            # The same for everybody who measures, but nobody always runs after the same neighbour.
+            random.Random(number).shuffle(names)
+            for name in names:
                 if name in settled:
                     sleep(settle_s)
                     sample(calls[name], 1)

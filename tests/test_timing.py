@@ -72,11 +72,17 @@ def test_samples_are_seconds_a_call_in_round_order():
     assert spreads["a"].samples == (1.0, 2.0, 3.0)
 
 
-def test_candidates_take_turns_and_nobody_always_goes_first():
+def test_candidates_take_turns_and_nobody_always_has_the_same_neighbour():
     clock = Clock()
-    calls = {name: clock.call(name, 1.0) for name in "abc"}
-    interleave(calls, rounds=3, clock=clock)
-    assert "".join(clock.log) == "aaabbbccc" + "abc" + "bca" + "cab"
+    calls = {name: clock.call(name, 1.0) for name in "abcd"}
+    interleave(calls, rounds=40, clock=clock)
+    turns = "".join(clock.log)[len("aaabbbcccddd") :]
+    rounds = [turns[i : i + 4] for i in range(0, len(turns), 4)]
+    assert all(sorted(one) == list("abcd") for one in rounds) and len(rounds) == 40
+    for name in "abcd":
+        before = [one[one.index(name) - 1] for one in rounds if one[0] != name]
+        assert all(before.count(other) > 3 for other in "abcd" if other != name)
+        assert 3 < len(rounds) - len(before) < 20  # goes first
 
 
 def test_short_calls_are_repeated_until_the_clock_can_see_them():
