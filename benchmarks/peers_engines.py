@@ -54,7 +54,7 @@ def onnx_runtime(case: Case) -> Ready:
     options.intra_op_num_threads = case.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Else its threads spin for tens of milliseconds after a call, on the cores of whoever comes next.
+    # Else its threads spin for tens of milliseconds after a call, on the cores of the next peer.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(case.onnx, options, providers=["CPUExecutionProvider"])
     y = ort.OrtValue.ortvalue_from_numpy(case.model(case.x).numpy())  # of the output's shape

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mnet_kernels.nn import FusedConv2d, Fusion
-from mnet_kernels.sequences import KIND, OTHER, Runner, Sequenced, run_sequence
+from mnet_kernels.sequences import KIND, OTHER, Runner, Sequenced, Whole, run_sequence
 from mnet_kernels.timing import interleave, ratio
 
 _plan = torch.ops.mnet_kernels.conv_sequence_plan.default
@@ -36,7 +36,7 @@ def runners(fast: nn.Module) -> Iterator[Runner]:
     """What takes the runs of a swapped model."""
     for module in fast.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, Sequenced):
+        if isinstance(forward, Sequenced | Whole):
             yield from (runner for _, _, runner in forward.runs)
 
 

@@ -75,7 +75,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-    """Children ``[start, stop)`` of an ``nn.Sequential`` that do nothing but ``stages``."""
+    """Children ``[start, stop)`` of an ``nn.Sequential`` that do nothing but ``stages``; any other
+    module's are all, and its forward does nothing else."""
 
     start: int
     stop: int
@@ -91,7 +92,7 @@ class Run:
 class Plan:
     sites: list[Site] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
-    #: By the path of their Sequential.
+    #: By the path of their module.
     runs: dict[str, list[Run]] = field(default_factory=dict)
 
 

@@ -1,8 +1,8 @@
 """What follows one another in a model so that one operator call can do it all.
 
-A run is a stretch of an ``nn.Sequential`` whose graph is nothing but fused convolutions, sums with
-what an earlier one of them gave (the residual connections of MobileNetV2), squeeze-and-excitation,
-global means, and the 1x1 convolutions or Linears of a head.
+A run is a module, or a stretch of an ``nn.Sequential``, whose graph is nothing but fused
+convolutions, sums with what an earlier one of them gave (the residual connections of MobileNetV2),
+squeeze-and-excitation, global means, and the 1x1 convolutions or Linears of a head.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mnet_kernels.probe import IDENTITY, Activation, activation_of
 
 
 def find_runs(model: nn.Module, sites: list[Site], look: Look) -> dict[str, list[Run]]:
-    """The runs of at least two convolutions (of one Linear), by the path of their Sequential.
+    """The runs of at least two convolutions (of one Linear), by the path of their module.
 
     Args:
         model: a copy of what ``sites`` was found in, in eval mode.
@@ -37,17 +37,18 @@ def find_runs(model: nn.Module, sites: list[Site], look: Look) -> dict[str, list
     runs: dict[str, list[Run]] = {}
     taken: list[str] = []
     for path, module in model.named_modules():
-        if any(path.startswith(prefix) for prefix in taken):
+        if any(path.startswith(prefix) for prefix in taken) or "forward" in module.__dict__:
             continue
-        if type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__:
-            found = list(finder.runs(module, path))
-            if found:
-                runs[path] = found
-                names = list(module._modules)
-                taken += [
-                    _join(path, name) + end
-                    for run in found for name in names[run.start : run.stop] for end in (".", "")
-                ]  # fmt: skip
+        sequential = type(module).forward is nn.Sequential.forward
+        found = list(finder.runs(module, path) if sequential else finder.whole(module, path))
+        if not found:
+            continue
+        runs[path] = found
+        names = list(module._modules)
+        taken += [
+            _join(path, name) + end
+            for run in found for name in names[run.start : run.stop] for end in (".", "")
+        ]  # fmt: skip
     # Heads of networks without a run of convolutions are none of our business.
     whole = any(stage.module in chained for run in _all(runs) for stage in run.stages)
     return runs if whole else {}
@@ -131,6 +132,15 @@ class _Finder:
             else:
                 draft = longer
 
+    def whole(self, owner: nn.Module, path: str) -> Iterator[Run]:
+        """The run that is all that ``owner``, which is no Sequential, does."""
+        inner = [name for name in self.sites if name.startswith(path + "." if path else "")]
+        if len(inner) < 2 or path in self.sites:
+            return
+        draft = self._extended(_Draft(), owner, path)
+        if draft is not None:
+            yield from self._finished(draft, 0, len(owner._modules), owner, path)
+
     def _finished(
         self, draft: _Draft, start: int, stop: int, owner: nn.Module, path: str
     ) -> Iterator[Run]:
@@ -202,14 +212,7 @@ class _Finder:
             draft.convolve(path, module.in_channels, module.out_channels, one_pixel)
             return True
         if forward is nn.Linear.forward:
-            if draft.latest == 0:
-                draft.flat = draft.flat_input = True
-                draft.pooled.add(0)
-            if not draft.flat:
-                return False
-            linear = cast(nn.Linear, module)
-            draft.convolve(path, linear.in_features, linear.out_features, True)
-            return True
+            return self.linear(draft, cast(nn.Linear, module), path)
         if draft.flat_input and draft.latest == 0:
             return False
         if forward is nn.AdaptiveAvgPool2d.forward and not draft.flat:
@@ -221,9 +224,18 @@ class _Finder:
             return self.flattened(draft, (module.start_dim, module.end_dim))
         return self.activated(draft, self.look.activation(module))
 
+    def linear(self, draft: _Draft, module: nn.Linear, path: str) -> bool:
+        if draft.latest == 0:
+            draft.flat = draft.flat_input = True
+            draft.pooled.add(0)
+        if not draft.flat or self.look.altered(module) is not None:
+            return False
+        draft.convolve(path, module.in_features, module.out_features, True)
+        return True
+
     @staticmethod
     def flattened(draft: _Draft, dims: tuple[object, object]) -> bool:
-        if draft.latest not in draft.pooled or dims not in ((1, -1), (1, 3)) or draft.flat:
+        if draft.latest not in draft.pooled or dims not in ((1, -1), (1, 3)):
             return False
         draft.flat = True
         return True
@@ -256,7 +268,10 @@ class _Reader:
 
     def read(self, graph: fx.Graph) -> bool:
         for node in graph.nodes:
-            inputs = [self.values.get(n) for n in node.all_input_nodes]
+            if node.op == "get_attr":
+                continue
+            given = [n for n in node.all_input_nodes if n.op != "get_attr"]
+            inputs = [self.values.get(n) for n in given]
             if None in inputs or (node.op != "placeholder" and not inputs):
                 return False
             if node.op == "placeholder":
@@ -277,7 +292,11 @@ class _Reader:
             return self._sum(node, inputs)
         if node.target in (operator.mul, torch.mul):
             return self._scaled(node, inputs)
-        if inputs != [draft.latest] or not tracing.constants_only(node):
+        if inputs != [draft.latest]:
+            return False
+        if node.target is F.linear:
+            return self._linear(node)
+        if not tracing.constants_only(node):
             return False
         before = [*draft.stages]
         if node.op == "call_module":
@@ -286,9 +305,13 @@ class _Reader:
                 len(node.args) == 1 and not node.kwargs
                 and finder.module(draft, self.modules[name], _join(self.path, name))
             )  # fmt: skip
-        elif _is_mean(node) and not draft.flat:
+        elif (axes := _mean(node)) is not None and not draft.flat:
             draft.pool()
+            draft.flat = axes == "gone"
             known = True
+        elif node.target in (torch.flatten, "flatten"):
+            given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+            known = finder.flattened(draft, (given.get("start_dim", 0), given.get("end_dim", -1)))
         elif node.op == "call_method" or tracing.is_of_torch(node.target):
             call = Call(node.target, tuple(node.args[1:]), dict(node.kwargs))
             known = finder.activated(draft, activation_of(call))
@@ -297,6 +320,17 @@ class _Reader:
         # A convolution that took its activation over no longer gives what was before that.
         took_over = len(draft.stages) == len(before) and draft.stages != before
         return known and not (took_over and self._seen_elsewhere(draft.latest))
+
+    def _linear(self, node: fx.Node) -> bool:
+        """The function on a Linear's own weight and bias: timm's class writes it out."""
+        names = [n.target if isinstance(n, fx.Node) else n for n in node.args[1:]]
+        path = str(names[0]).removesuffix(".weight") if names else ""
+        module = self.modules.get(path)
+        bias = None if module is None or module._parameters.get("bias") is None else f"{path}.bias"
+        return (
+            isinstance(module, nn.Linear) and names == [f"{path}.weight", bias]
+            and not node.kwargs and self.finder.linear(self.draft, module, _join(self.path, path))
+        )  # fmt: skip
 
     def _seen_elsewhere(self, value: int) -> bool:
         """Whether one of the nodes that are one value of the run is read more than once."""
@@ -346,17 +380,18 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
     return conv.kernel_size == conv.stride == (1, 1) and edges == (0, 0)
 
 
-def _is_mean(node: fx.Node) -> bool:
-    """Whether a call takes the mean over H and W and keeps both dimensions."""
+def _mean(node: fx.Node) -> str | None:
+    """Whether a call takes the mean over H and W: both dimensions are "kept", or "gone"."""
     given = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
     if node.target in ("mean", torch.mean):
-        axes = given.get("dim")
+        axes, keeps = given.pop("dim", None), given.pop("keepdim", False)
         over = isinstance(axes, list | tuple) and set(axes) in ({2, 3}, {-1, -2})
-        return over and given.get("keepdim") is True and given.keys() == {"dim", "keepdim"}
+        return None if not over or given else "kept" if keeps is True else "gone"
     sizes = (1, (1, 1), [1, 1])
-    return node.target is F.adaptive_avg_pool2d and (
+    is_pool = node.target is F.adaptive_avg_pool2d and (
         node.args[1:] in [(size,) for size in sizes] or node.kwargs.get("output_size") in sizes
     )
+    return "kept" if is_pool else None
 
 
 def _join(path: str, name: str) -> str:

@@ -54,6 +54,31 @@ class Sequenced:
     __code__ = __call__.__code__  # torch.export asks a forward where it was written
 
 
+class Whole:
+    """The forward of a module, no Sequential, that is one run."""
+
+    def __init__(self, owner: nn.Module, runs: list[Run], fast: nn.Module) -> None:
+        self.owner = owner
+        (run,) = runs
+        self.runs = [(run.start, run.stop, Runner(owner, run, fast))]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            y = self.runs[0][2](args[0])
+            if y is not None:
+                return y
+        return type(self.owner).forward(self.owner, *args, **kwargs)
+
+    __code__ = __call__.__code__
+
+
+def sequenced(owner: nn.Module, runs: list[Run], fast: nn.Module) -> Sequenced | Whole:
+    """The forward of a module with runs."""
+    if type(owner).forward is nn.Sequential.forward:
+        return Sequenced(cast(nn.Sequential, owner), runs, fast)
+    return Whole(owner, runs, fast)
+
+
 def run_sequence(x: Tensor, stages: Tensor, constants: Tensor) -> Tensor:
     """The operator itself; csrc/cpu/sequence.h says what is in ``stages`` and
     ``constants``."""

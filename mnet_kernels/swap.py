@@ -23,7 +23,7 @@ from mnet_kernels.nn import FusedConv2d, Fusion, absorbed, check_backend
 from mnet_kernels.pairs import runners
 from mnet_kernels.patterns import find
 from mnet_kernels.plan import Plan, Site
-from mnet_kernels.sequences import Sequenced
+from mnet_kernels.sequences import sequenced
 from mnet_kernels.tracing import Shortened
 
 
@@ -180,8 +180,8 @@ def _apply(plan: Plan, fast: nn.Module, backend: str | None) -> None:
         module = fast.get_submodule(owner)
         module.__dict__["forward"] = Shortened(module, frozenset(positions))
     for path, runs in plan.runs.items():
-        sequential = cast(nn.Sequential, fast.get_submodule(path))
-        sequential.__dict__["forward"] = Sequenced(sequential, runs, fast)
+        module = fast.get_submodule(path)
+        module.__dict__["forward"] = sequenced(module, runs, fast)
 
 
 def _fusion(site: Site, fast: nn.Module, backend: str | None) -> Fusion:

@@ -17,7 +17,7 @@ from torchvision.models import mobilenet_v2
 from mnet_kernels import models
 from mnet_kernels.decisions import record_of
 from mnet_kernels.nn import FusedConv2d
-from mnet_kernels.sequences import Sequenced
+from mnet_kernels.sequences import Sequenced, Whole
 from mnet_kernels.swap import explain, restore, swap
 
 conv_sequence = torch.ops.mnet_kernels.conv_sequence.default
@@ -51,7 +51,7 @@ def one_by_one(fast, x):
     """The result without runs, from a copy: the modules called in turn."""
     fast = copy.deepcopy(fast)
     for module in fast.modules():
-        if isinstance(module.__dict__.get("forward"), Sequenced):
+        if isinstance(module.__dict__.get("forward"), Sequenced | Whole):
             del module.__dict__["forward"]
     with torch.no_grad():
         return fast(x)
@@ -463,7 +463,7 @@ def test_list_of_layers_called_otherwise(calls):
     def forward(self, x):
         for layer in self.layers:
             x = layer(x)
-        return x.mean((2, 3))
+        return x.mean((2, 3)) * 2
 
     model = network(forward, layers=layers)
     assert isinstance(model, Forward)
