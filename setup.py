@@ -176,6 +176,7 @@ extensions = [
             "csrc/cpu/instruction_sets.cpp",
             "csrc/cpu/active.cpp",
             "csrc/ops.cpp",
+            "csrc/watched.cpp",
             "csrc/bindings.cpp",
         ],
         define_macros=[*define_macros, ("MNET_WHY_NO_CUDA", f'"{why_no_cuda or ""}"')],

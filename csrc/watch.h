@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "watched.h"
+
 namespace mnet {
 
 namespace py = pybind11;
@@ -37,23 +39,27 @@ class Bytes {
   std::vector<std::pair<const char*, std::string>> spans_;
 };
 
-// Entries of dictionaries (the very objects; Ellipsis: none), sizes of dictionaries, and where
-// tensors' memory and versions (-1: not asked) are.
+// Entries of dictionaries (the very objects; Ellipsis: none), sizes of dictionaries, addresses of a
+// list of tensors (watched.h), and versions of some.
 class Watch {
  public:
   Watch(const std::vector<std::tuple<py::dict, py::str, py::object>>& entries,
-        const std::vector<std::pair<py::dict, Py_ssize_t>>& sizes,
-        const std::vector<std::tuple<py::object, std::uintptr_t, std::int64_t>>& tensors) {
+        const std::vector<std::pair<py::dict, Py_ssize_t>>& sizes, std::int64_t list,
+        std::vector<std::uintptr_t> addresses,
+        const std::vector<std::pair<py::object, std::int64_t>>& versions)
+      : list_(list), addresses_(std::move(addresses)) {
     for (const auto& [dict, key, value] : entries) {
       own(dict), own(key), own(value);
       entries_.push_back({dict.ptr(), key.ptr(), value.is(py::ellipsis()) ? nullptr : value.ptr()});
     }
     for (const auto& [dict, size] : sizes) own(dict), sizes_.push_back({dict.ptr(), size});
-    for (const auto& [tensor, address, version] : tensors)
-      own(tensor), tensors_.push_back({tensor.ptr(), address, version});
-    data_ptr_ = py::str("data_ptr");
+    for (const auto& [tensor, version] : versions)
+      own(tensor), versions_.push_back({tensor.ptr(), version});
     version_ = py::str("_version");
   }
+  ~Watch() { forget(list_); }
+  Watch(const Watch&) = delete;
+  Watch& operator=(const Watch&) = delete;
 
   bool unchanged() const {
     for (const auto& [dict, size] : sizes_)
@@ -63,13 +69,9 @@ class Watch {
       if (now == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
       if (now != value) return false;
     }
-    for (const auto& [tensor, address, version] : tensors_) {
-      if (number(PyObject_CallMethodNoArgs(tensor, data_ptr_.ptr())) != address) return false;
-      if (version >= 0 && number(PyObject_GetAttr(tensor, version_.ptr())) !=
-                              static_cast<unsigned long long>(version))
-        return false;
-    }
-    return true;
+    for (const auto& [tensor, version] : versions_)
+      if (number(PyObject_GetAttr(tensor, version_.ptr())) != version) return false;
+    return lie_at(list_, addresses_);
   }
 
  private:
@@ -80,26 +82,27 @@ class Watch {
     PyObject* dict;
     Py_ssize_t size;
   };
-  struct Tensor {
+  struct Version {
     PyObject* tensor;
-    std::uintptr_t address;
     std::int64_t version;
   };
 
   void own(const py::object& object) { owned_.push_back(object); }
-  static unsigned long long number(PyObject* result) {
+  static std::int64_t number(PyObject* result) {
     const auto held = py::reinterpret_steal<py::object>(result);
     if (!held) throw py::error_already_set();
-    const unsigned long long value = PyLong_AsUnsignedLongLong(held.ptr());
+    const std::int64_t value = PyLong_AsLongLong(held.ptr());
     if (PyErr_Occurred() != nullptr) throw py::error_already_set();
     return value;
   }
 
   std::vector<Entry> entries_;
   std::vector<Size> sizes_;
-  std::vector<Tensor> tensors_;
+  std::vector<Version> versions_;
+  std::int64_t list_;
+  std::vector<std::uintptr_t> addresses_;
   std::vector<py::object> owned_;
-  py::str data_ptr_, version_;
+  py::str version_;
 };
 
 }  // namespace mnet

@@ -12,7 +12,9 @@ class Watch:
         self,
         entries: list[tuple[dict[str, Any], str, Any]],
         sizes: list[tuple[dict[Any, Any], int]],
-        tensors: list[tuple[Tensor, int, int]],
+        list: int,
+        addresses: list[int],
+        versions: list[tuple[Tensor, int]],
     ) -> None: ...
     def unchanged(self) -> bool: ...
 

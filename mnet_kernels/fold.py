@@ -121,11 +121,11 @@ class Watch:
         self._all: Any = None
         addresses, versions = self._snapshot._addresses, self._snapshot._versions
         if addresses is not None:
-            located = [
-                (t, address, versions.get(i, -1))
-                for i, (t, address) in enumerate(zip(tensors, addresses, strict=True))
-            ]
-            self._all = _C.Watch(entries, sizes, located)
+            kept = 0
+            for t in tensors:
+                kept = torch.ops.mnet_kernels.watch(t, kept)
+            versioned = [(tensors[i], version) for i, version in versions.items()]
+            self._all = _C.Watch(entries, sizes, kept, addresses, versioned)
 
     def unchanged(self) -> bool:
         """Whether all is as it was; False if nothing can tell."""
