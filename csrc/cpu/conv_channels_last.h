@@ -73,23 +73,32 @@ MNET_INLINE int64_t steps_of(const ConvCall& call) {
   return (call.taps + Step<Elem>::kTaps - 1) / Step<Elem>::kTaps;
 }
 
+// The patches of neighbouring pixels: `stride` values apart, in rows of `row` steps; after a row,
+// `jump` values are left out. Gathered patches, and 1x1 ones, are one row.
+template <typename Elem>
+struct Patches {
+  const Patch<Elem>* first;
+  int64_t stride, row, jump;
+};
+
 // P pixels, `Vectors` vectors of a panel from `weight`'s column on. What lies `ahead` bytes beyond
 // each step's weights is wanted soon.
 template <typename Elem, int P, int Vectors>
-static void conv_tile(const ConvCall& call, const Patch<Elem>* patches, int64_t patch_stride,
-                      const char* weight, int64_t ahead, int64_t channel, Elem* y,
-                      int lanes_in_last, Clamp<float> clamp) {
+static void conv_tile(const ConvCall& call, Patches<Elem> patches, const char* weight,
+                      int64_t ahead, int64_t channel, Elem* y, int lanes_in_last,
+                      Clamp<float> clamp) {
   constexpr int V = kWidth<float>, kTaps = Step<Elem>::kTaps;
   Vector<float> sum[P][Vectors] = {};
   // Long sums are taken in pieces, which are then added up: rounding errors grow with the square
   // root of a piece instead of the whole.
   Vector<float> total[P][Vectors];
   const int64_t steps = steps_of<Elem>(call);
-  int64_t k = 0;
+  int64_t k = 0, row_end = patches.row;
   for (;;) {
     const int64_t k_end = steps - k > kPiece / kTaps ? k + kPiece / kTaps : steps;
     const bool first = k == 0, last = k_end == steps;
     for (; k < k_end; ++k) {
+      if (k == row_end) patches.first += patches.jump, row_end += patches.row;
       auto weights = [&](int v) __attribute__((always_inline)) {
         return Step<Elem>(weight + (k * kPanel + v * V) * kStepBytes);
       };
@@ -97,7 +106,7 @@ static void conv_tile(const ConvCall& call, const Patch<Elem>* patches, int64_t 
       __builtin_prefetch(weight + k * kPanel * kStepBytes + ahead, 0, 2);
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
-        const auto in = Step<Elem>::take(patches + p * patch_stride + k * kTaps);
+        const auto in = Step<Elem>::take(patches.first + p * patches.stride + k * kTaps);
 #pragma GCC unroll 16
         for (int v = 0; v < Vectors; ++v) w[v].add(sum[p][v], in);
       }
@@ -146,8 +155,8 @@ static void conv_tile(const ConvCall& call, const Patch<Elem>* patches, int64_t 
 }
 
 template <typename Elem>
-using ConvTile = void (*)(const ConvCall&, const Patch<Elem>*, int64_t, const char*, int64_t,
-                          int64_t, Elem*, int, Clamp<float>);
+using ConvTile = void (*)(const ConvCall&, Patches<Elem>, const char*, int64_t, int64_t, Elem*, int,
+                          Clamp<float>);
 // By vectors - 1 and pixels - 1; a narrow register file has the first six only.
 #if MNET_REGISTERS >= 32
 #define MNET_TILES(V)                                                                             \
@@ -258,14 +267,37 @@ MNET_INLINE int64_t gathered_stride(const ConvCall& call) {
   return taps + (rows_collide<Elem>(taps) ? 64 / static_cast<int64_t>(sizeof(Patch<Elem>)) : 0);
 }
 
+// Whether a patch is so many runs of the image, one a kernel row, that can be read where they are.
+template <typename Elem>
+MNET_INLINE bool reads_rows(const ConvCall& call) {
+  return !call.pointwise && sizeof(Patch<Elem>) == sizeof(Elem) && Step<Elem>::kTaps == 1 &&
+         call.DW == 1 && call.K <= kPanel;
+}
+
+// The patches of pixels [begin, begin + count) in the image, if none of them touches its border and
+// they lie in one output row; else none.
+template <typename Elem>
+MNET_INLINE Patches<Elem> patches_in_image(const ConvCall& call, int64_t begin, int64_t count) {
+  const int64_t ow = begin % call.OW, oh = begin / call.OW % call.OH;
+  const int64_t top = oh * call.SH - call.top, left = ow * call.SW - call.left;
+  const int64_t right = left + (count - 1) * call.SW + call.KW;
+  if (ow + count > call.OW || top < 0 || top + (call.KH - 1) * call.DH >= call.H || left < 0 ||
+      right > call.W)
+    return {nullptr, 0, 0, 0};
+  const int64_t n = begin / call.OW / call.OH, row = call.KW * call.C;
+  const auto* image = static_cast<const Patch<Elem>*>(call.x);
+  return {image + ((n * call.H + top) * call.W + left) * call.C, call.SW * call.C, row,
+          call.DH * call.W * call.C - row};
+}
+
 template <typename Elem>
 static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scratch) {
   constexpr int V = kWidth<float>;
   const Clamp<float> clamp = clamp_of<float>(call.activation);
-  const int64_t pixels = call.N * call.OH * call.OW;
-  const bool in_place = reads_in_place<Elem>(call);
+  const int64_t pixels = call.N * call.OH * call.OW, steps = steps_of<Elem>(call);
+  const bool in_place = reads_in_place<Elem>(call), in_rows = reads_rows<Elem>(call);
   const int64_t stride = in_place ? call.C : gathered_stride<Elem>(call);
-  const int64_t panel_bytes = steps_of<Elem>(call) * kPanel * kStepBytes;
+  const int64_t panel_bytes = steps * kPanel * kStepBytes;
   int64_t gathered = -1;  // the block that scratch holds
   for (int64_t task = begin; task < end; ++task) {
     const int64_t block = task / call.channel_blocks, channels = task % call.channel_blocks;
@@ -275,7 +307,7 @@ static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scr
     const auto* patches = reinterpret_cast<const Patch<Elem>*>(image);
     if (!in_place) {
       patches = static_cast<const Patch<Elem>*>(scratch);
-      if (gathered != block)
+      if (gathered != block && !in_rows)
         gather_patches<Elem>(call, first, count, static_cast<Patch<Elem>*>(scratch), stride);
       gathered = block;
     }
@@ -294,10 +326,18 @@ static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scr
           if (panel == 0 && column == 0 && call.pointwise)  // the same pixels of the next block
             prefetch(image + (count + from) * call.C,
                      (to - from) * call.C * static_cast<int64_t>(sizeof(Elem)));
+          Patches<Elem> taken{patches + from * stride, stride, steps, 0};
+          if (in_rows) {
+            const Patches<Elem> inside = patches_in_image<Elem>(call, first + from, to - from);
+            if (inside.first)
+              taken = inside;
+            else
+              gather_patches<Elem>(call, first + from, to - from,
+                                   static_cast<Patch<Elem>*>(scratch) + from * stride, stride);
+          }
           kConvTiles<Elem>[vectors - 1][to - from - 1](
-              call, patches + from* stride, stride, weight + column* kStepBytes,
-              tile < 2 ? panel_bytes + tile * 64 : 0, channel,
-              static_cast<Elem*>(call.y) + (first + from) * call.K + channel, last, clamp);
+              call, taken, weight + column* kStepBytes, tile < 2 ? panel_bytes + tile * 64 : 0,
+              channel, static_cast<Elem*>(call.y) + (first + from) * call.K + channel, last, clamp);
         }
       }
     }
