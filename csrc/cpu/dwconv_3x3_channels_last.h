@@ -194,7 +194,9 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
   const int64_t ih = oh * S - call.top;
   const WalkRows<Elem, R, S> rows(call, n, ih);
   const int64_t in_pixel = call.C * kSize, in_row = call.W * in_pixel;
-  // The rows below, which the next R output rows read for the first time.
+  // The R * S rows below, which the next R output rows read for the first time: asked for in the
+  // order of memory, a share at every step.
+  constexpr int64_t kShare = R * S * kBlock * kSize;
   const char* below =
       static_cast<const char*>(call.x) + (n * call.H + ih + (R - 1) * S + 3) * in_row;
   auto* y = static_cast<Elem*>(call.y) + (n * call.OH + oh) * call.OW * call.K;
@@ -202,7 +204,7 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
   const bool staged = call.OW <= kStageColumns && stores_stall_loads(call, kSize);
   // What a store might change, to the compiler's mind.
   const int64_t OW = call.OW, K = call.K, pixel = staged ? kBlock : K;
-  const bool prefetches = call.prefetch, streams = call.stream;
+  const bool prefetches = call.prefetch && call.channel_chunks == 1, streams = call.stream;
   const Clamp<float> clamp = clamp_of<float>(call.activation);
   // Columns are counted from the first one that an output reads, in the padding or not.
   const int64_t left = call.left, right = left + call.W, end = (OW - 1) * S + 3;
@@ -221,9 +223,7 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
       constexpr bool kOdd = decltype(odd)::value;
       typename Taps::template Column<R, S> in;
       if (inside) {
-        if (prefetches)
-#pragma GCC unroll 8
-          for (int i = 0; i < R * S; ++i) __builtin_prefetch(below + i * in_row + offset, 0, 2);
+        if (prefetches) prefetch(below, kShare), below += kShare;
         in.read(rows, offset);
         offset += in_pixel;
       }
