@@ -221,7 +221,7 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
     // Stride 2: an odd column is the middle one of an output, an even one its first or last.
     auto column = [&](auto odd, bool inside, bool ends) __attribute__((always_inline)) {
       constexpr bool kOdd = decltype(odd)::value;
-      typename Taps::template Column<R, S> in;
+      typename Taps::template Column<R, S> in{};
       if (inside) {
         if (prefetches) prefetch(below, kShare), below += kShare;
         in.read(rows, offset);
