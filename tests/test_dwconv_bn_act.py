@@ -57,6 +57,8 @@ def test_channels_at_every_side_of_a_vector(instruction_set, channels_last, chan
         ((3, 5), {"dilation": (3, 2), "padding": (3, 4), "stride": (2, 3)}),
         ((3, 3), {"stride": 2, "padding": (0, 0, 1, 1)}),
         ((3, 3), {"padding": (3, 0, 1, 2)}),
+        ((3, 3), {"padding": (0, 4)}),
+        ((3, 3), {"stride": 2, "padding": (0, 5, 4, 0)}),
         ((5, 5), {"stride": 2, "padding": "same"}),
         ((11, 1), {"padding": (5, 0)}),
     ],

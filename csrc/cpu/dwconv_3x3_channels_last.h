@@ -1,8 +1,9 @@
 // Depthwise 3x3, stride 1 or 2, channels_last: where MobileNets spend their depthwise time.
 //
-// One block of channels walks along R output rows at once. Every input pixel of the R*S+2 rows is
-// loaded once, and added to the (at most three) output columns it reaches; these live in registers
-// until their last column has come. The nine weights stay in registers for the whole walk.
+// One block of channels walks along R output rows at once. Every input pixel of the (R-1)*S+3 rows
+// is loaded once, and added to the (at most three) output columns it reaches; these live in
+// registers until their last column has come. The nine weights stay in registers for the whole
+// walk. With stride 1 it is the multiplications that take the time, with stride 2 the loads.
 // Included once per instruction set (see instruction_set.inc).
 
 // Output rows [oh, oh_end) of image n, channels [c_begin, c_end).
@@ -16,19 +17,46 @@ MNET_INLINE bool is_fast(const DwconvCall& call) {
 }
 
 // Rows above and below the image: a pixel of zeros that every step stays on.
-alignas(64) static constexpr unsigned char kZeroPixel[64] = {};
+alignas(64) static constexpr char kZeroPixel[64] = {};
+
+// The input rows of a walk, which step along them by one offset from their first pixels: as many
+// pointers of their own would not fit in registers, and wait for memory at every step.
+template <typename Elem, int Rows>
+struct RowPointers {
+  const char* first[Rows];
+  int64_t moves[Rows];  // all bits of a row of the image, none of one outside
+
+  inline __attribute__((always_inline)) RowPointers(const DwconvCall& call, int64_t n, int64_t ih) {
+    const auto* image = static_cast<const Elem*>(call.x) + n * call.H * call.W * call.C;
+    for (int i = 0; i < Rows; ++i) {
+      const bool inside = ih + i >= 0 && ih + i < call.H;
+      const auto* row = reinterpret_cast<const char*>(image + (ih + i) * call.W * call.C);
+      first[i] = inside ? row : kZeroPixel;
+      moves[i] = inside ? -1 : 0;
+    }
+  }
+  inline __attribute__((always_inline)) const Elem* at(int i, int64_t offset) const {
+    return reinterpret_cast<const Elem*>(first[i] + (offset & moves[i]));
+  }
+};
+template <typename Elem, int R, int S>
+using WalkRows = RowPointers<Elem, (R - 1) * S + 3>;
 
 // What a walk needs to know of a block's channels, one multiplication and one addition a tap.
 template <typename Elem>
 struct FmaTaps {
   static constexpr int kChannels = kWidth<float>;
   using Sum = Vector<float>;
+  // Output rows at once: as many as registers hold. With stride 2 more would not save much.
+  template <int S>
+  static constexpr int kRows = S == 1 ? 4 : 2;
   template <int R, int S>
   struct Column {
     Vector<float> row[(R - 1) * S + 3];
-    inline __attribute__((always_inline)) explicit Column(const Elem* const* from) {
+    inline __attribute__((always_inline)) void read(const WalkRows<Elem, R, S>& from,
+                                                    int64_t offset) {
 #pragma GCC unroll 8
-      for (int i = 0; i < (R - 1) * S + 3; ++i) row[i] = load(from[i]);
+      for (int i = 0; i < (R - 1) * S + 3; ++i) row[i] = load(from.at(i, offset));
     }
   };
 
@@ -52,12 +80,12 @@ struct FmaTaps {
 
   template <bool Clamped>
   inline __attribute__((always_inline)) void finish(const DwconvCall& call, Clamp<float> clamp,
-                                                    Elem* y, Sum sum) const {
+                                                    bool streams, Elem* y, Sum sum) const {
     sum = sum * scale + shift;
     if (!Clamped) sum = activate<float>(call.activation, static_cast<float>(call.slope), sum);
     if (Clamped) sum = at_most<float>(at_least<float>(sum, clamp.low), clamp.high);
     if constexpr (sizeof(Elem) == 4)
-      if (call.stream) return stream(y, sum);
+      if (streams) return stream(y, sum);
     store(y, sum);
   }
 };
@@ -73,6 +101,8 @@ struct DotTaps {
   struct Sum {
     Vector<float> low, high;
   };
+  template <int S>
+  static constexpr int kRows = 2;
   struct Pairs {
     __m512i low, high;
     Pairs() = default;
@@ -82,11 +112,15 @@ struct DotTaps {
   template <int R, int S>
   struct Column {
     Pairs upper[R], lower[R];  // rows 0 and 1 of output row r's window; row 2
-    inline __attribute__((always_inline)) explicit Column(const bf16* const* from) {
+    inline __attribute__((always_inline)) void read(const WalkRows<bf16, R, S>& from,
+                                                    int64_t offset) {
+      auto row = [&](int i) __attribute__((always_inline)) {
+        return _mm512_loadu_si512(from.at(i, offset));
+      };
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        upper[r] = Pairs(_mm512_loadu_si512(from[r * S]), _mm512_loadu_si512(from[r * S + 1]));
-        lower[r] = Pairs(_mm512_loadu_si512(from[r * S + 2]), __m512i{});
+        upper[r] = Pairs(row(r * S), row(r * S + 1));
+        lower[r] = Pairs(row(r * S + 2), __m512i{});
       }
     }
   };
@@ -126,7 +160,7 @@ struct DotTaps {
 
   template <bool Clamped>
   inline __attribute__((always_inline)) void finish(const DwconvCall& call, Clamp<float> clamp,
-                                                    bf16* y, Sum sum) const {
+                                                    bool streams, bf16* y, Sum sum) const {
     auto act = [&](Vector<float> z) {
       if (!Clamped) return activate<float>(call.activation, static_cast<float>(call.slope), z);
       return at_most<float>(at_least<float>(z, clamp.low), clamp.high);
@@ -136,7 +170,7 @@ struct DotTaps {
     // Quarters of `low` and `high` in turn: the channels in order.
     const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
     const __m512i out = _mm512_maskz_permutexvar_epi64(0xff, order, (__m512i)both);
-    if (call.stream) return _mm512_stream_si512(reinterpret_cast<__m512i*>(y), out);
+    if (streams) return _mm512_stream_si512(reinterpret_cast<__m512i*>(y), out);
     _mm512_storeu_si512(y, out);
   }
 };
@@ -152,98 +186,109 @@ MNET_INLINE bool stores_stall_loads(const DwconvCall& call, int64_t size) {
   return !call.stream && call.K * size % 2048 == 0 && (offset + 64) % 2048 < 128;
 }
 
-// R output rows from oh on, all columns, one block of channels from c on.
+// R output rows from oh on, all columns, channels [c_begin, c_end).
 template <typename Taps, typename Elem, int S, int R, bool Clamped>
-static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c) {
-  constexpr int kRows = (R - 1) * S + 3;
-  const Taps taps(call, c);
+static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_begin,
+                     int64_t c_end) {
+  constexpr int64_t kSize = sizeof(Elem), kBlock = Taps::kChannels;
+  const int64_t ih = oh * S - call.top;
+  const WalkRows<Elem, R, S> rows(call, n, ih);
+  const int64_t in_pixel = call.C * kSize, in_row = call.W * in_pixel;
+  // The R * S rows below, which the next R output rows read for the first time: asked for in the
+  // order of memory, a share at every step.
+  constexpr int64_t kShare = R * S * kBlock * kSize;
+  const char* below =
+      static_cast<const char*>(call.x) + (n * call.H + ih + (R - 1) * S + 3) * in_row;
+  auto* y = static_cast<Elem*>(call.y) + (n * call.OH + oh) * call.OW * call.K;
+  alignas(64) Elem stage[R * kStageColumns * kBlock];
+  const bool staged = call.OW <= kStageColumns && stores_stall_loads(call, kSize);
+  // What a store might change, to the compiler's mind.
+  const int64_t OW = call.OW, K = call.K, pixel = staged ? kBlock : K;
+  const bool prefetches = call.prefetch && call.channel_chunks == 1, streams = call.stream;
   const Clamp<float> clamp = clamp_of<float>(call.activation);
-  const int64_t ih = oh * S - call.top, row = call.W * call.C;
-  const auto* image = static_cast<const Elem*>(call.x) + n * call.H * row + c;
-  const Elem* from[kRows];
-  int64_t step[kRows];
-  for (int i = 0; i < kRows; ++i) {
-    const bool inside = ih + i >= 0 && ih + i < call.H;
-    from[i] = inside ? image + (ih + i) * row : reinterpret_cast<const Elem*>(kZeroPixel);
-    step[i] = inside ? call.C : 0;
-  }
-  Elem* y = static_cast<Elem*>(call.y) + (n * call.OH + oh) * call.OW * call.K + c;
-  alignas(64) Elem stage[R * kStageColumns * Taps::kChannels];
-  const bool staged = call.OW <= kStageColumns && stores_stall_loads(call, sizeof(Elem));
-  Elem* to = staged ? stage : y;
-  const int64_t pixel = staged ? Taps::kChannels : call.K;
+  // Columns are counted from the first one that an output reads, in the padding or not.
+  const int64_t left = call.left, right = left + call.W, end = (OW - 1) * S + 3;
+  const int64_t inside_end = right < end ? right : end;
 
-  using Sum = typename Taps::Sum;
-  Sum begun[R] = {}, half[R] = {};  // outputs that lack two columns, and one
-  const int64_t end = (call.OW - 1) * S + 3 - call.left;
-  auto column = [&](int64_t iw, auto odd) __attribute__((always_inline)) {
-    constexpr bool kOdd = decltype(odd)::value;  // stride 2: the middle column of one output
-    Sum done[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      if (S == 1) done[r] = half[r], half[r] = begun[r], begun[r] = Sum{};
-      if (S == 2 && !kOdd) done[r] = half[r], half[r] = Sum{};
-    }
-    if (call.prefetch)  // the rows below, which the next R output rows read for the first time
-      for (int r = 0; r < R * S; ++r)
-        __builtin_prefetch(image + (ih + kRows + r) * row + iw * call.C, 0, 2);
-    if (iw >= 0 && iw < call.W) {
-      const typename Taps::template Column<R, S> in(from);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) from[i] += step[i];
+  for (int64_t next = c_begin; next < c_end; next += kBlock) {
+    // The last block is moved back to end at c_end: some channels are computed twice.
+    const int64_t c = next + kBlock <= c_end ? next : c_end - kBlock;
+    const Taps taps(call, c);
+    using Sum = typename Taps::Sum;
+    Sum begun[R] = {}, half[R] = {};  // outputs that lack two columns, and one
+    int64_t offset = c * kSize;
+    Elem* to = staged ? stage : y + c;
+    // Stride 2: an odd column is the middle one of an output, an even one its first or last.
+    auto column = [&](auto odd, bool inside, bool ends) __attribute__((always_inline)) {
+      constexpr bool kOdd = decltype(odd)::value;
+      typename Taps::template Column<R, S> in{};
+      if (inside) {
+        if (prefetches) prefetch(below, kShare), below += kShare;
+        in.read(rows, offset);
+        offset += in_pixel;
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        if (S == 1) {
-          taps.template add<R, S>(done[r], in, r, 2);
+        Sum done = half[r];
+        if (S == 1) half[r] = begun[r], begun[r] = Sum{};
+        if (S == 2 && !kOdd) half[r] = Sum{};
+        if (inside && S == 1) {
+          taps.template add<R, S>(done, in, r, 2);
           taps.template add<R, S>(half[r], in, r, 1);
           taps.template add<R, S>(begun[r], in, r, 0);
-        } else if (kOdd) {
+        } else if (inside && kOdd) {
           taps.template add<R, S>(half[r], in, r, 1);
-        } else {
-          taps.template add<R, S>(done[r], in, r, 2);
+        } else if (inside) {
+          taps.template add<R, S>(done, in, r, 2);
           taps.template add<R, S>(half[r], in, r, 0);
         }
+        if (ends) taps.template finish<Clamped>(call, clamp, streams, to + r * OW * pixel, done);
       }
+      if (ends) to += pixel;
+    };
+    auto inside = [&](int64_t j) { return j >= left && j < inside_end; };
+    int64_t j = 0;
+    auto careful_step = [&]() __attribute__((always_inline)) {
+      column(Constant<false>{}, inside(j), j >= 2);
+      if (S == 2 && j + 1 < end) column(Constant<true>{}, inside(j + 1), false);
+      j += S;
+    };
+    while (j < end && (j < 2 || j < left)) careful_step();
+    for (; j + S - 1 < inside_end; j += S) {
+      column(Constant<false>{}, true, true);
+      if (S == 2) column(Constant<true>{}, true, false);
     }
-    if (S == 2 && kOdd) return;
-    const int64_t ow = (iw + call.left - 2) / S;
-    if (iw + call.left < 2) return;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-      taps.template finish<Clamped>(call, clamp, to + (r * call.OW + ow) * pixel, done[r]);
-  };
-  if (S == 1) {
-    for (int64_t iw = -call.left; iw < end; ++iw) column(iw, Constant<false>{});
-  } else {
-    for (int64_t iw = -call.left; iw < end - 1; iw += 2) {
-      column(iw, Constant<false>{});
-      column(iw + 1, Constant<true>{});
-    }
-    column(end - 1, Constant<false>{});
+    while (j < end) careful_step();
+    if (staged)
+      for (int64_t i = 0; i < R * OW; ++i)
+        __builtin_memcpy(y + c + i * K, stage + i * kBlock, kBlock * kSize);
   }
-  if (staged)
-    for (int64_t i = 0; i < R * call.OW; ++i)
-      __builtin_memcpy(y + i * call.K, stage + i * Taps::kChannels, Taps::kChannels * sizeof(Elem));
 }
 
 template <typename Taps, typename Elem, int S>
 static void dw3_rows(const DwconvCall& call, int64_t n, int64_t oh, int64_t oh_end, int64_t c_begin,
                      int64_t c_end) {
+  constexpr int kRows = Taps::template kRows<S>;
   const bool clamped = clamp_of<float>(call.activation).exact;
   auto walk = [&](auto rows) __attribute__((always_inline)) {
     constexpr int R = decltype(rows)::value;
-    for (int64_t next = c_begin; next < c_end; next += Taps::kChannels) {
-      // The last block is moved back to end at c_end: some channels are computed twice.
-      const int64_t c = next + Taps::kChannels <= c_end ? next : c_end - Taps::kChannels;
-      if (clamped)
-        dw3_walk<Taps, Elem, S, R, true>(call, n, oh, c);
-      else
-        dw3_walk<Taps, Elem, S, R, false>(call, n, oh, c);
-    }
+    if (clamped)
+      dw3_walk<Taps, Elem, S, R, true>(call, n, oh, c_begin, c_end);
+    else
+      dw3_walk<Taps, Elem, S, R, false>(call, n, oh, c_begin, c_end);
+    oh += R;
   };
-  constexpr int R = 2;
-  for (; oh + R <= oh_end; oh += R) walk(Constant<R>{});
-  for (; oh < oh_end; ++oh) walk(Constant<1>{});
+  while (oh < oh_end) {
+    const int64_t left = oh_end - oh;
+    if (left == 1)
+      walk(Constant<1>{});
+    else if (left == 3 || left == kRows + 1)  // a single row has little to share
+      walk(Constant<3>{});
+    else if (left == 2 || kRows == 2)
+      walk(Constant<2>{});
+    else
+      walk(Constant<kRows>{});
+  }
   if (call.stream) drain_streams();
 }
 
