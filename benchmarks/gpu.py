@@ -35,7 +35,8 @@ SHARES = {
 }  # fmt: skip
 #: On a device; compute-sanitizer runs a part of them.
 DEVICE_TESTS = [
-    "tests/test_cuda.py", "tests/test_cuda_separable.py", "tests/test_cuda_training.py",
+    "tests/test_cuda.py", "tests/test_cuda_gradients.py", "tests/test_cuda_in_torch.py",
+    "tests/test_cuda_separable.py", "tests/test_cuda_training.py",
 ]  # fmt: skip
 # Building in place needs nothing of pyproject.toml, which older setuptools cannot read.
 BUILD = """

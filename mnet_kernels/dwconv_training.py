@@ -217,7 +217,7 @@ def _backward(ctx, dy, dmean, dvar):
     wanted = ctx.needs_input_grad[:4]
     saved = ctx.saved_tensors  # asked for once: gradient checkpointing gives them once
     if torch.is_grad_enabled():  # gradients of gradients are asked for
-        gradients = differentiable_gradients(dy, saved[:4], ctx.constants, wanted)
+        gradients = registration.training_gradients(dy, saved[:4], ctx.constants, wanted)
     else:
         needs_x, *needs_others = wanted
         dx, dweight, *sums = _training_backward(
@@ -225,21 +225,6 @@ def _backward(ctx, dy, dmean, dvar):
         )
         gradients = [dx, registration.laid_out_as(dweight, saved[1]), *sums]
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 6
-
-
-def differentiable_gradients(dy, tensors, constants, wanted) -> list[Tensor | None]:
-    """Of x, weight, gamma and beta, where `wanted`, in plain PyTorch, which has derivatives of any
-    order."""
-    stride, padding, dilation, activation, slope, eps = constants
-    stride, dilation = pair(stride), pair(dilation)
-    padding = explicit_padding(tensors[0], tensors[1], stride, padding, dilation)
-    y = reference.dwconv_bn_act_training(
-        *tensors, eps=eps, stride=stride, padding=padding, dilation=dilation,
-        activation=activation, slope=slope,
-    )  # fmt: skip
-    inputs = [t for t, w in zip(tensors, wanted, strict=True) if w]
-    gradients = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
-    return [next(gradients) if w else None for w in wanted]
 
 
 torch.library.register_autograd(f"mnet_kernels::{_OP}", _backward, setup_context=_setup_context)

@@ -63,6 +63,27 @@ def laid_out_as(gradient: Tensor, t: Tensor) -> Tensor:
     return gradient.as_strided(t.shape, t.stride())
 
 
+def gradients_through(y: Tensor, dy: Tensor, tensors, wanted, again: bool) -> list[Tensor | None]:
+    """Of those `tensors` that are `wanted`, dy through the graph of y; again: what comes out can be
+    differentiated again."""
+    inputs = [t for t, w in zip(tensors, wanted, strict=True) if w]
+    gradients = iter(torch.autograd.grad(y, inputs, dy, create_graph=again))
+    return [next(gradients) if w else None for w in wanted]
+
+
+def training_gradients(dy: Tensor, tensors, constants, wanted) -> list[Tensor | None]:
+    """dwconv_bn_act_training's of x, weight, gamma and beta, where `wanted`, in plain PyTorch,
+    which has derivatives of any order."""
+    stride, padding, dilation, activation, slope, eps = constants
+    stride, dilation = pair(stride), pair(dilation)
+    padding = explicit_padding(tensors[0], tensors[1], stride, padding, dilation)
+    y = reference.dwconv_bn_act_training(
+        *tensors, eps=eps, stride=stride, padding=padding, dilation=dilation,
+        activation=activation, slope=slope,
+    )  # fmt: skip
+    return gradients_through(y, dy, tensors, wanted, True)
+
+
 def register_autocast(name: str, operator: Callable, device_type: str) -> None:
     """x and weight are cast as native convolution's are; scale and shift stay float32."""
 

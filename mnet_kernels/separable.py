@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from mnet_kernels import backends, ops, reference, registration
-from mnet_kernels.registration import IntOrInts, explicit_padding, output_size, pair, same_device
+from mnet_kernels.registration import (
+    IntOrInts,
+    explicit_padding,
+    gradients_through,
+    output_size,
+    pair,
+    same_device,
+)
 
 _OP = "separable_conv"
 _TENSORS = 8  # the operator's first arguments; stride, padding, dilation come next
@@ -196,9 +203,7 @@ def _backward(ctx, dy):
         ]
     with torch.enable_grad():
         y = _composed(None, *tensors, *ctx.constants)
-    wanted = [t for t, n in zip(tensors, needed, strict=True) if n]
-    gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=again))
-    return *(next(gradients) if n else None for n in needed), *[None] * len(ctx.constants)
+    return *gradients_through(y, dy, tensors, needed, again), *[None] * len(ctx.constants)
 
 
 torch.library.register_autograd(

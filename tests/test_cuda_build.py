@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -172,6 +173,21 @@ def cuda():
 def test_the_operator_is_registered(cuda):
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has("mnet_kernels::dwconv_bn_act", "CUDA")
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="there is no readelf")
+def test_it_links_to_nothing_that_a_torch_without_cuda_lacks(cuda):
+    """CUDA's runtime is inside, and torch's stream is looked up when it is asked for: a CPU-only
+    torch builds it too."""
+    told = subprocess.run(
+        ["readelf", "--dynamic", "--wide", cuda.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.*?)\]", told)
+    assert any(name.startswith("libtorch") for name in needed)
+    assert not [name for name in needed if "cuda" in name], needed
 
 
 def test_every_variant_serves_some_call_and_can_be_forced(cuda):

@@ -9,18 +9,15 @@ import itertools
 import pytest
 import torch
 from batch_statistics_rulers import Training, assert_forward, assert_gradients, forward, gradients
+from cuda_rulers import ANY, ON_A_GPU, SHAPES, both_layouts, every_dtype
 from rulers import Problem, problem
-from test_cuda import ANY, SHAPES, WHY_NOT, both_layouts, every_dtype
 from torch import Tensor, nn
 from torch.library import opcheck
 
 import mnet_kernels
 from mnet_kernels.reference import ACTIVATIONS
 
-pytestmark = [
-    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
-    pytest.mark.usefixtures("poisoned_memory"),
-]
+pytestmark = ON_A_GPU
 
 
 @pytest.fixture(autouse=True)

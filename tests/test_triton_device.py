@@ -12,9 +12,9 @@ from zlib import crc32
 import pytest
 import rulers
 import torch
+from cuda_rulers import ANY, DTYPES, FAST, SHAPES, both_layouts
 from gradient_rulers import assert_gradients, gradients
 from rulers import assert_correct, problem
-from test_cuda import ANY, DTYPES, FAST, SHAPES, both_layouts
 from test_triton_separable import CASES, Block
 from test_triton_training import check as check_training
 

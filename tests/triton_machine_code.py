@@ -1,18 +1,22 @@
 """Compiles the Triton kernels for GPUs that need not be there, and reads what came out.
 
-``python triton_machine_code.py few`` prints the facts of one case a kernel and layout as JSON;
-``all`` compiles every configuration that some layer of a MobileNet may be given, for every target
-(minutes), and fails if one spills.
+``python tests/triton_machine_code.py`` compiles every configuration that some layer of a MobileNet
+may be given, for every target, and renews the committed table (triton_machine_code.csv): of the
+kernels whose code has changed, or of all for another Triton (an hour of one core).
+``few`` prints the facts of one case a kernel and layout as JSON.
 """
 
 from __future__ import annotations
 
+import ast
+import csv
+import hashlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
@@ -62,6 +66,10 @@ _ALL = KERNELS | TRAINING | MERGES | SEPARABLE
 #: Pointers to x's dtype; the others are to float32.
 TENSORS = ("x_ptr", "w_ptr", "pw_ptr", "y_ptr", "dy_ptr", "dx_ptr", "dconv_ptr")
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TABLE = Path(__file__).with_suffix(".csv")
+COLUMNS = (
+    "registers", "stack", "shared", "matrix", "loads", "wide_loads", "stores", "wide_stores",
+)  # fmt: skip
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -104,7 +112,7 @@ class Case:
             "ACTIVATION": "relu6", "TAP_ROWS": 3 if k == 3 else 1, "TAP_COLS": min(k, 8),
             "K": self.channels, "DW_ACTIVATION": "relu6", "PW_ACTIVATION": "relu6",
             "PRECISION": self.precision,
-        }  # fmt: skip
+        } | tuning.block(self.channels, self.dtype.itemsize, self.channels_last)  # fmt: skip
 
     def configurations(self) -> list:
         kind = _ALL[self.kernel][1]
@@ -114,11 +122,36 @@ class Case:
             return tuning.prune_separable(self.dtype.itemsize, self.shape())
         return tuning.prune(kind, self.dtype.itemsize, self.shape())
 
+    def patch(self) -> str:
+        return str(self.configurations()[self.choice])
+
+
+def function(kernel: str) -> triton.JITFunction:
+    fn = _ALL[kernel][0]
+    return fn if kernel in MERGES else fn.fn  # without its tuner
+
+
+def code(kernel: str) -> str:
+    """A digest of a kernel and of the functions that it calls, without comments."""
+    parts, seen, waiting = [], set(), [function(kernel)]
+    while waiting:
+        fn = waiting.pop()
+        if fn.fn in seen:
+            continue
+        seen.add(fn.fn)
+        tree = ast.parse(fn.src)
+        if ast.get_docstring(tree.body[0]) is not None:
+            del tree.body[0].body[0]
+        parts.append(ast.dump(tree))
+        names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)})
+        used = [fn.fn.__globals__.get(name) for name in names]
+        waiting += [value for value in used if isinstance(value, triton.JITFunction)]
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:12]
+
 
 def facts(case: Case) -> dict:
     """Registers, bytes of stack, and how the kernel reaches memory."""
-    kernel, _, missing = _ALL[case.kernel]
-    fn = kernel if case.kernel in MERGES else kernel.fn  # without its tuner
+    fn, missing = function(case.kernel), _ALL[case.kernel][2]
     config = case.configurations()[case.choice]
     constants = {
         name: value for name, value in (case.shape() | config.kwargs).items()
@@ -149,6 +182,8 @@ def facts(case: Case) -> dict:
             "matrix": len(re.findall(r"\bv_mfma", text)),
             "loads": len(re.findall(r"(?:buffer|global)_load_", text)),
             "wide_loads": len(re.findall(r"(?:buffer|global)_load_dwordx4", text)),
+            "stores": len(re.findall(r"(?:buffer|global)_store_", text)),
+            "wide_stores": len(re.findall(r"(?:buffer|global)_store_dwordx4", text)),
         }
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -173,48 +208,95 @@ def facts(case: Case) -> dict:
 
 FEW = [Case(kernel, channels_last=last) for kernel in KERNELS for last in (True, False)]
 
-#: (channels, size, taps, stride): what MobileNets have, and sizes of few divisors.
+#: (channels, size): what MobileNets have, and sizes of few divisors.
 SHAPES = [
-    (c, size, taps, stride)
-    for taps in (3, 5, 7) for stride in (1, 2)
-    for c, size in [(32, 112), (64, 112), (128, 56), (256, 28), (512, 14), (1024, 7), (24, 28),
-                    (16, 6), (8, 33)]
+    (32, 112), (64, 112), (128, 56), (256, 28), (512, 14), (1024, 7), (24, 28), (16, 6), (8, 33),
 ]  # fmt: skip
+KERNEL_SIZES = [(taps, stride) for taps in (7, 5, 3) for stride in (1, 2)]
 
 
 def every_configuration() -> list[Case]:
-    """Each once for each target, on the first of the SHAPES that may be given it; for sm_90 once
-    for each kind of kernel and stride."""
+    """What autotuning may choose on the SHAPES. In channels_last, where patches are paid for in
+    registers: each patch for sm_90 with every size and stride of kernel and for the other targets
+    with the largest kernel. In contiguous with the smallest kernel, and for the other targets in
+    bfloat16 and without training, whose kernels are these with other pointers."""
     found = {}
-    for kernel, last, dtype in product(
-        KERNELS | TRAINING, (True, False), (torch.bfloat16, torch.float32)
+    for last, kernel, dtype in product(
+        (True, False), KERNELS | TRAINING, (torch.bfloat16, torch.float32)
     ):
-        for channels, size, taps, stride in SHAPES:
-            case = Case(kernel, "sm_90", dtype, last, channels, size, taps, stride)
-            for choice, config in enumerate(case.configurations()):
-                chosen = replace(case, choice=choice)
-                key = (kernel, last, dtype, str(config))
-                found.setdefault((*key, taps, stride), chosen)
-                for target in TARGETS:
-                    found.setdefault((*key, target), replace(chosen, target=target))
+        cases = [
+            replace(case, choice=choice)
+            for (taps, stride), (channels, size) in product(KERNEL_SIZES, SHAPES)
+            for case in [Case(kernel, "sm_90", dtype, last, channels, size, taps, stride)]
+            for choice in range(len(case.configurations()))
+        ]
+        cases = cases if last else cases[::-1]
+        for case in cases:
+            sizes = (case.taps, case.stride) if last else ()
+            found.setdefault((kernel, last, dtype, case.patch(), "sm_90", *sizes), case)
+        if last or (dtype == torch.bfloat16 and kernel in KERNELS):
+            for case, target in product(cases, TARGETS):
+                if target != "sm_90":
+                    key = (kernel, last, dtype, case.patch(), target)
+                    found.setdefault(key, replace(case, target=target))
+    for kernel, last, dtype, channels in product(
+        SEPARABLE, (True, False), (torch.bfloat16, torch.float32), (32, 64, 128, 256)
+    ):
+        case = Case(kernel, "sm_90", dtype, last, channels, 14, precision="ieee")
+        for choice in range(len(case.configurations())):
+            for target in TARGETS:
+                chosen = replace(case, choice=choice, target=target)
+                found.setdefault((kernel, last, dtype, chosen.patch(), target), chosen)
+    found |= {key: Case(*key) for key in product(MERGES, TARGETS)}
     return list(dict.fromkeys(found.values()))
 
 
-def spills(case: Case) -> tuple[str, int, int]:
-    told = facts(case)
-    return str(case), told["registers"], told["stack"]
+# ---- the committed table ----
+@dataclass(frozen=True)
+class Table:
+    triton: str  # the version that compiled
+    codes: dict[str, str]  # of each kernel: code()
+    rows: dict[str, dict[str, int]]  # of each case, by str(): its numbers by COLUMNS
+
+
+def committed() -> Table:
+    with open(TABLE, newline="") as lines:
+        version = lines.readline().split()[-1]
+        codes = dict(pair.split("=") for pair in lines.readline().split()[1:])
+        rows = {row.pop("case"): row for row in csv.DictReader(lines)}
+    return Table(version, codes, {c: {k: int(row[k]) for k in COLUMNS} for c, row in rows.items()})
+
+
+def write(table: Table) -> None:
+    with open(TABLE, "w", newline="") as lines:
+        lines.write(f"# Triton {table.triton}\n")
+        lines.write(" ".join(["#", *(f"{k}={v}" for k, v in sorted(table.codes.items()))]) + "\n")
+        rows = csv.writer(lines, lineterminator="\n")
+        rows.writerow(["case", *COLUMNS])
+        for case, numbers in sorted(table.rows.items()):
+            rows.writerow([case, *(numbers[k] for k in COLUMNS)])
+
+
+def renew() -> Table:
+    """The table of here, of which rows that are still true are kept."""
+    codes, kept = {kernel: code(kernel) for kernel in _ALL}, {}
+    if TABLE.exists() and (old := committed()).triton == triton.__version__:
+        fresh = {kernel for kernel in _ALL if old.codes.get(kernel) == codes[kernel]}
+        kept = {case: row for case, row in old.rows.items() if case.partition("-")[0] in fresh}
+    cases = {str(case): case for case in every_configuration()}
+    rows = {case: row for case, row in kept.items() if case in cases}
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        waiting = {pool.submit(facts, cases[c]): c for c in cases if c not in rows}
+        for done in as_completed(waiting):
+            rows[waiting[done]] = done.result()
+            print(f"{len(rows)} of {len(cases)}: {waiting[done]}", flush=True)
+    return Table(triton.__version__, codes, rows)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["few"]:
         print(json.dumps({"triton": triton.__version__, "facts": [facts(case) for case in FEW]}))
     else:
-        assert sys.argv[1:] == ["all"]
-        cases = every_configuration()
-        with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            told = list(pool.map(spills, cases, chunksize=8))
-        bad = [t for t in told if t[2]]
-        print(f"Triton {triton.__version__}: {len(told)} compiled, {len(bad)} spill")
-        print("at most", max(told, key=lambda t: t[1]))
-        print(*bad, sep="\n")
-        sys.exit(bool(bad))
+        table = renew()
+        write(table)
+        print(*(f"{c} spills" for c, row in table.rows.items() if row["stack"]), sep="\n")

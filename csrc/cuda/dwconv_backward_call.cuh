@@ -81,6 +81,8 @@ inline BackwardShare backward_share(const DwconvCall& call, int V, int64_t items
       if (lanes < most_lanes &&
           divide_up(vectors, lanes) * lanes < divide_up(vectors, share.lanes) * share.lanes)
         share.lanes = lanes;
+  } else if (call.H * call.W * element_bytes(call) < 128) {
+    share.lanes = 2;  // planes so small have a good part of their sectors in common with the next
   }
   share.groups = divide_up(vectors, share.lanes);
   const int64_t slices = kBackwardThreads / share.lanes;

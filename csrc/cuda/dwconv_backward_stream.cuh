@@ -7,8 +7,8 @@
 // each with the rows in their places, save that but keep so much alive that they spill.
 //
 // Channels_last: lanes are neighbouring vectors of channels, few enough that the columns between a
-// block's slices, which each of two reads, are few too. Contiguous: a block owns one channel
-// and its lanes are neighbouring columns (V = 1).
+// block's slices, which each of two reads, are few too. Contiguous: a block owns one channel, of
+// small planes two, and its slices are neighbouring columns (V = 1).
 #pragma once
 
 #include <type_traits>

@@ -1,6 +1,8 @@
 // One depthwise call as kernels take it, and what every forward kernel does with its sums.
 #pragma once
 
+#include <type_traits>
+
 #include "../problem.h"
 #include "memory.cuh"
 
@@ -64,27 +66,6 @@ void with_element(DType dtype, F&& f) {
   }
 }
 
-// z[i] = act(z[i]): the switch is passed once for all of them.
-template <int Count>
-__device__ __forceinline__ void activate_all(Activation activation, float slope,
-                                             float (&z)[Count]) {
-  switch (activation) {
-#define MNET_CASE(name)                                      \
-  case Activation::name:                                     \
-    _Pragma("unroll") for (int i = 0; i < Count; ++i) z[i] = \
-        activate(Activation::name, slope, z[i]);             \
-    break;
-    MNET_CASE(identity)
-    MNET_CASE(relu)
-    MNET_CASE(relu6)
-    MNET_CASE(leaky_relu)
-    MNET_CASE(hardswish)
-    MNET_CASE(silu)
-    MNET_CASE(hardsigmoid)
-#undef MNET_CASE
-  }
-}
-
 // NaN stays NaN.
 __device__ __forceinline__ float clamp(float z, float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -97,18 +78,52 @@ __device__ __forceinline__ float clamp(float z, float low, float high) {
 #endif
 }
 
-// Activations that are a clamp need no switch where they are used.
-inline bool clamps(Activation activation) {
+// Activations that are a clamp need no switch.
+MNET_HOST_DEVICE bool clamps(Activation activation) {
   return activation == Activation::identity || activation == Activation::relu ||
          activation == Activation::relu6;
 }
 
-template <int Count>
-__device__ __forceinline__ void clamp_all(Activation activation, float (&z)[Count]) {
-  const float low = activation == Activation::identity ? -INFINITY : 0;
-  const float high = activation == Activation::relu6 ? 6 : INFINITY;
+// Which activations a kernel is compiled for.
+enum class Activations { clamps, others, any };
+
+// Calls f(constant Activations): of kernels that are Split, those for clamps apart from the others.
+template <bool Split, typename F>
+void with_activations(const DwconvCall& call, F&& f) {
+  if constexpr (!Split)
+    return f(std::integral_constant<Activations, Activations::any>{});
+  else if (clamps(call.activation))
+    return f(std::integral_constant<Activations, Activations::clamps>{});
+  else
+    return f(std::integral_constant<Activations, Activations::others>{});
+}
+
+// z[i] = act(z[i]): a switch is passed once for all of them.
+template <Activations Known = Activations::any, int Count>
+__device__ __forceinline__ void activate_all(Activation activation, float slope,
+                                             float (&z)[Count]) {
+  if (Known == Activations::clamps || (Known == Activations::any && clamps(activation))) {
+    const float low = activation == Activation::identity ? -INFINITY : 0;
+    const float high = activation == Activation::relu6 ? 6 : INFINITY;
 #pragma unroll
-  for (int i = 0; i < Count; ++i) z[i] = clamp(z[i], low, high);
+    for (int i = 0; i < Count; ++i) z[i] = clamp(z[i], low, high);
+    return;
+  }
+  switch (activation) {
+#define MNET_CASE(name)                                      \
+  case Activation::name:                                     \
+    _Pragma("unroll") for (int i = 0; i < Count; ++i) z[i] = \
+        activate(Activation::name, slope, z[i]);             \
+    break;
+    MNET_CASE(leaky_relu)
+    MNET_CASE(hardswish)
+    MNET_CASE(silu)
+    MNET_CASE(hardsigmoid)
+#undef MNET_CASE
+    case Activation::identity:
+    case Activation::relu:
+    case Activation::relu6: break;  // clamps
+  }
 }
 
 // scale[k], or 1 where there is none; likewise shift and 0.

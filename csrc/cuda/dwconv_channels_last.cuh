@@ -105,18 +105,14 @@ __device__ __forceinline__ void load_row(const Element* from, int pixel, int iw,
                      inside && static_cast<unsigned>(iw + j) < static_cast<unsigned>(W));
 }
 
-// Rounds and stores T outputs of V channels from column ow on. Clamps: the activation is identity,
-// relu or relu6.
-template <int V, int T, bool Clamps, typename Element>
+// Rounds and stores T outputs of V channels from column ow on.
+template <int V, int T, Activations Known, typename Element>
 __device__ __forceinline__ void finish(const DwconvCall& call, float (&sum)[T * V],
                                        const float (&scale)[V], const float (&shift)[V],
                                        Element* to, int ow) {
 #pragma unroll
   for (int i = 0; i < T * V; ++i) sum[i] = sum[i] * scale[i % V] + shift[i % V];
-  if (Clamps)
-    clamp_all(call.activation, sum);
-  else
-    activate_all(call.activation, call.slope, sum);
+  activate_all<Known>(call.activation, call.slope, sum);
 #pragma unroll
   for (int t = 0; t < T; ++t) {
     float strip[V];
@@ -150,13 +146,16 @@ __device__ __forceinline__ void add_column(int phase, int j, const float (&in)[V
   }
 }
 
-template <typename Element, int K, int S, int V, int P, bool Clamps>
+template <typename Element, int K, int S, int V, int P, Activations Known>
 __global__ void __launch_bounds__(kChannelsLastThreads, 2)
     dwconv_channels_last_stream(const DwconvCall call, const ChannelsLastPlan plan) {
   constexpr int T = kStrip, kColumns = (T - 1) * S + K;
   constexpr int kRing = (K + S - 1) / S;  // output rows that an input row reaches
   constexpr int kPeriod = kRing * S;      // input rows until all is as before
   static_assert(kPeriod % P == 0);
+  // A row's place is filled again when all of it is used and its outputs are stored: across these
+  // branches nvcc copies what has just been asked for, and waits for it. A lone row cannot wait.
+  constexpr bool kRefillLast = P > 1;
   ChannelsLastPlace at;
   if (!place_of_thread<V, T>(call, plan, at)) return;
   const int C = call.C, H = call.H, W = call.W;
@@ -201,19 +200,23 @@ __global__ void __launch_bounds__(kChannelsLastThreads, 2)
       for (int j = 0; j < kColumns; ++j) {
         float in[V];
         widen(coming[phase % P][j], in);
-        coming[phase % P][j] = request(i + P, j);
+        if constexpr (!kRefillLast) coming[phase % P][j] = request(i + P, j);
         add_column<K, S, T, V>(phase, j, in, taps, sums);
       }
       if ((phase - (K - 1) + kPeriod) % S == 0 && i >= K - 1) {
-        finish<V, T, Clamps>(call, sums[(phase - (K - 1) + kPeriod) / S % kRing], scale, shift, y,
-                             at.ow);
+        finish<V, T, Known>(call, sums[(phase - (K - 1) + kPeriod) / S % kRing], scale, shift, y,
+                            at.ow);
         y += static_cast<int>(call.OW) * C;
+      }
+      if constexpr (kRefillLast) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) coming[phase % P][j] = request(i + P, j);
       }
     }
   }
 }
 
-template <typename Element, int K, int S, int V, bool Clamps>
+template <typename Element, int K, int S, int V>
 __global__ void __launch_bounds__(kChannelsLastThreads, 2)
     dwconv_channels_last_tile(const DwconvCall call, const ChannelsLastPlan plan) {
   constexpr int T = kStrip, kColumns = (T - 1) * S + K;
@@ -254,7 +257,7 @@ __global__ void __launch_bounds__(kChannelsLastThreads, 2)
             (static_cast<int64_t>(at.n) * static_cast<int>(call.OH) + at.oh) *
                 (static_cast<int>(call.OW) * C) +
             (at.ow * C + at.c);
-  finish<V, T, Clamps>(call, sum, scale, shift, y, at.ow);
+  finish<V, T, Activations::any>(call, sum, scale, shift, y, at.ow);
 }
 
 // What an H200 runs at once: 132 multiprocessors, some 12 warps of such threads on each.
@@ -333,10 +336,9 @@ struct DwconvChannelsLastStream {
         const Geometry geometry{divide_up(plan.threads, kChannelsLastThreads), kChannelsLastThreads,
                                 0, false};
         constexpr int P = kRowsComing<K, S>;
-        if (clamps(call.activation))
-          launcher(dwconv_channels_last_stream<Element, K, S, V, P, true>, geometry, call, plan);
-        else
-          launcher(dwconv_channels_last_stream<Element, K, S, V, P, false>, geometry, call, plan);
+        with_activations<V == kWidest<Element, K>>(call, [&](auto known) {
+          launcher(dwconv_channels_last_stream<Element, K, S, V, P, known>, geometry, call, plan);
+        });
       });
     });
   }
@@ -356,10 +358,7 @@ struct DwconvChannelsLastTile {
         const auto plan = plan_of<V, kStrip>(call, sizeof(Element), false);
         const Geometry geometry{divide_up(plan.threads, kChannelsLastThreads), kChannelsLastThreads,
                                 0, false};
-        if (clamps(call.activation))
-          launcher(dwconv_channels_last_tile<Element, K, S, V, true>, geometry, call, plan);
-        else
-          launcher(dwconv_channels_last_tile<Element, K, S, V, false>, geometry, call, plan);
+        launcher(dwconv_channels_last_tile<Element, K, S, V>, geometry, call, plan);
       });
     });
   }

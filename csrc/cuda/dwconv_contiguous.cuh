@@ -25,15 +25,12 @@ __device__ __forceinline__ void load_taps_of(const DwconvCall& call, int c, bool
   for (int i = 0; i < K * K; ++i) taps[i] = widen(load<1>(from + i, valid).lane[0]);
 }
 
-template <bool Clamps, int T>
+template <Activations Known, int T>
 __device__ __forceinline__ void finish_strip(const DwconvCall& call, float scale, float shift,
                                              float (&z)[T]) {
 #pragma unroll
   for (int t = 0; t < T; ++t) z[t] = z[t] * scale + shift;
-  if (Clamps)
-    clamp_all(call.activation, z);
-  else
-    activate_all(call.activation, call.slope, z);
+  activate_all<Known>(call.activation, call.slope, z);
 }
 
 // Input rows after which a walk's registers have their first roles again.

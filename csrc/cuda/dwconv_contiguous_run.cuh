@@ -124,7 +124,7 @@ __device__ __forceinline__ void copy_out(const Element* from, int count, Element
 
 // Whole: strips are whole and the padding is at most the usual one, so that all columns lie inside
 // but those of the halo.
-template <typename Element, int K, int S, bool Whole, bool Clamps>
+template <typename Element, int K, int S, bool Whole, Activations Known>
 __global__ void __launch_bounds__(kContiguousThreads)
     dwconv_contiguous_run(const DwconvCall call, const ContiguousRunPlan plan) {
   constexpr int T = kRunStrip<K>, kColumns = (T - 1) * S + K;
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kContiguousThreads)
           return true;
         },
         [&](float (&z)[T]) {
-          finish_strip<Clamps>(call, scale, shift, z);
+          finish_strip<Known>(call, scale, shift, z);
 #pragma unroll
           for (int t = 0; t < T; ++t) {
             Vector<Element, 1> element{narrow<Element>(z[t])};
@@ -292,24 +292,22 @@ struct DwconvContiguousRun {
       constexpr int K = decltype(kernel)::value, S = decltype(stride)::value;
       const int64_t past_right = (call.OW - 1) * S + K - call.left - call.W;
       const bool whole = call.OW % kRunStrip<K> == 0 && call.left <= K / 2 && past_right <= K / 2;
-      if (whole && clamps(call.activation))
-        start<Element, K, S, true, true>(launcher, call);
-      else if (whole)
-        start<Element, K, S, true, false>(launcher, call);
-      else if (clamps(call.activation))
-        start<Element, K, S, false, true>(launcher, call);
+      if (whole)
+        start<Element, K, S, true>(launcher, call);
       else
-        start<Element, K, S, false, false>(launcher, call);
+        start<Element, K, S, false>(launcher, call);
     });
   }
 
  private:
-  template <typename Element, int K, int S, bool Whole, bool Clamps, typename Launcher>
+  template <typename Element, int K, int S, bool Whole, typename Launcher>
   static void start(Launcher&& launcher, const DwconvCall& call) {
     const auto plan = run_plan<K>(call);
     const int64_t groups = divide_up(plan.all_planes, plan.planes.value);
     const Geometry geometry{groups * plan.tiles.value, kContiguousThreads, plan.shared_bytes, true};
-    launcher(dwconv_contiguous_run<Element, K, S, Whole, Clamps>, geometry, call, plan);
+    with_activations<Whole>(call, [&](auto known) {
+      launcher(dwconv_contiguous_run<Element, K, S, Whole, known>, geometry, call, plan);
+    });
   }
 };
 

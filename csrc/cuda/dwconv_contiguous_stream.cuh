@@ -66,7 +66,7 @@ constexpr int kStreamBlocks = K == 3   ? 5
                                        : 2;
 
 // Left: columns of padding. V input columns a thread, V / S output columns.
-template <typename Element, int K, int S, int Left, int V, bool Clamps>
+template <typename Element, int K, int S, int Left, int V, Activations Known>
 __global__ void __launch_bounds__(kContiguousThreads, kStreamBlocks<K>)
     dwconv_contiguous_stream(const DwconvCall call, const ContiguousStreamPlan plan) {
   constexpr int T = V / S, P = kContiguousRowsComing<K, S>;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kContiguousThreads, kStreamBlocks<K>)
         return true;
       },
       [&](float (&z)[T]) {
-        finish_strip<Clamps>(call, scale, shift, z);
+        finish_strip<Known>(call, scale, shift, z);
         store(y, narrow<Element>(z));
         y += OW;
       });
@@ -180,10 +180,9 @@ struct DwconvContiguousStream {
     const auto plan = stream_plan<S, V>(call);
     const Geometry geometry{divide_up(plan.threads, kContiguousThreads), kContiguousThreads, 0,
                             false};
-    if (clamps(call.activation))
-      launcher(dwconv_contiguous_stream<Element, K, S, Left, V, true>, geometry, call, plan);
-    else
-      launcher(dwconv_contiguous_stream<Element, K, S, Left, V, false>, geometry, call, plan);
+    with_activations<true>(call, [&](auto known) {
+      launcher(dwconv_contiguous_stream<Element, K, S, Left, V, known>, geometry, call, plan);
+    });
   }
 };
 

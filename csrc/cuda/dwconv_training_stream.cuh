@@ -7,7 +7,8 @@
 // thread's chunk, over strips, rows and images.
 //
 // Channels_last: lanes are eight neighbouring vectors of channels and slices are neighbouring
-// strips, whose halo they share. Contiguous: a block owns one channel (V = 1).
+// strips, whose halo they share. Contiguous: a block owns one channel, of small
+// planes two (V = 1).
 #pragma once
 
 #include <type_traits>

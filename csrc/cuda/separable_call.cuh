@@ -126,17 +126,6 @@ __device__ __forceinline__ void store_places(const SeparablePlan& plan, int64_t 
   store_shared(reinterpret_cast<uint32_t*>(places) + row * 4, words);
 }
 
-// Clamps, the usual ones, take half of the instructions of the others' switch.
-template <int Count>
-__device__ __forceinline__ void activate_or_clamp(Activation activation, float slope,
-                                                  float (&z)[Count]) {
-  if (activation == Activation::identity || activation == Activation::relu ||
-      activation == Activation::relu6)
-    clamp_all(activation, z);
-  else
-    activate_all(activation, slope, z);
-}
-
 // ---- the host's side ----
 
 // The width of a strip, at most OW: the divisor of OW whose tiles of `pixels` read least, columns

@@ -2,10 +2,8 @@
 // start it on the current stream of x's device. Channels_last tensors are read as they are and
 // nothing but the output is allocated; a contiguous x (or residual) is copied once on the way in,
 // and the result once on the way out.
-#include <atomic>
-
 #include "../separable.h"
-#include "facts.h"
+#include "chosen.h"
 #include "operators.h"
 #include "separable_launch.h"
 #include "separable_variants.cuh"
@@ -15,12 +13,7 @@ namespace {
 
 constexpr const char* kOp = "separable_conv";
 
-std::atomic<const char*> forced{nullptr};
-
-const char* variant_for(const SeparableCall& call) {
-  const char* name = forced.load();
-  return name != nullptr ? name : choose(call);
-}
+Forced<SeparableVariants> forced;
 
 void launch(const Launcher& launcher, const char* variant, const SeparableCall& call) {
   try {
@@ -44,20 +37,6 @@ SeparableCall separable_call_of(const SeparableProblem& problem, const DeviceLim
   call.multiprocessors = limits.multiprocessors;
   call.shared_limit = limits.shared_bytes;
   return call;
-}
-
-// Of a tensor of this shape, for checks that read no more.
-TensorFacts facts_of(const std::vector<int64_t>& sizes, const std::string& dtype) {
-  TensorFacts facts;
-  facts.present = true;
-  facts.sizes = sizes.data(), facts.dim = static_cast<int64_t>(sizes.size());
-  facts.dtype = dtype == "float32"    ? DType::float32
-                : dtype == "float16"  ? DType::float16
-                : dtype == "bfloat16" ? DType::bfloat16
-                : dtype == "float64"  ? DType::float64
-                                      : DType::other;
-  facts.dtype_name = dtype.c_str();
-  return facts;
 }
 
 }  // namespace
@@ -97,23 +76,15 @@ Tensor separable_conv(Tensor x, Tensor dw_weight, std::optional<Tensor> dw_scale
     call.pw_shift = values(pw_shifts);
     call.residual = residual ? residual->const_data_ptr() : nullptr;
     call.y = y.mutable_data_ptr();
-    launch(Launcher::on(current_stream(facts.device_index)), variant_for(call), call);
+    launch(Launcher::on(current_stream(facts.device_index)), forced.or_chosen(call), call);
   }
   return mnet::dense(y, layout);
 }
 
-std::vector<std::string> separable_variants() {
-  const auto names = SeparableVariants::names();
-  return {names.begin(), names.end()};
-}
+std::vector<std::string> separable_variants() { return names_of<SeparableVariants>(); }
 
 void force_separable_variant(const std::string& name) {
-  const char* found = nullptr;
-  for (const char* known : SeparableVariants::names())
-    if (name == known) found = known;
-  if (found == nullptr && !name.empty())
-    throw std::runtime_error("force_separable_variant: there is no variant '" + name + "'");
-  forced.store(found);
+  forced.set("force_separable_variant", name);
 }
 
 CallFacts facts_of_separable_call(const std::vector<int64_t>& x, const std::string& dtype,
@@ -127,18 +98,7 @@ CallFacts facts_of_separable_call(const std::vector<int64_t>& x, const std::stri
   t.pw_weight = facts_of(pw_weight, dtype);
   const SeparableCall call = separable_call_of(
       checked_separable(kOp, t, stride, padding, dilation, "relu6", "relu6", 0), limits_of(0));
-  const char* variant = variant_for(call);
-  KernelFacts kernel;
-  launch(Launcher::looking(&kernel), variant, call);
-  const auto able = SeparableVariants::able(call);
-  return {variant,
-          {able.begin(), able.end()},
-          kernel.blocks,
-          kernel.threads,
-          kernel.shared_bytes,
-          kernel.registers,
-          kernel.local_bytes,
-          kernel.blocks_per_sm};
+  return facts_of_variant<SeparableVariants>(forced.or_chosen(call), call, launch);
 }
 
 }  // namespace mnet::cuda

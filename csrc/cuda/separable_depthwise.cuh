@@ -54,7 +54,7 @@ __device__ __forceinline__ void finish_middle(const DwconvCall& call, const Sepa
   load_affine(call.shift, lane.c, 0, shift);
 #pragma unroll
   for (int v = 0; v < V; ++v) sum[v] = sum[v] * scale[v] + shift[v];
-  activate_or_clamp(call.activation, call.slope, sum);
+  activate_all(call.activation, call.slope, sum);
   store_shared(to, lane.exists ? narrow<Element>(sum) : Vector<Element, V>{});
 }
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mnet_kernels.registration import explicit_padding, layout_of, pair
+from mnet_kernels.triton import tuning
 
 #: In the operators' schemas, behind the tensors.
 CONSTANTS = "int[2] stride, int[4] padding, int[2] dilation, str activation, float slope"
@@ -61,6 +62,7 @@ class Call:
         reach = max(x.shape[2] + top + bottom, x.shape[3] + left + right)
         KH, KW = weight.shape[2:]
         self.layout = layout_of(x)
+        self.itemsize = x.element_size()
         self.sizes = (x.shape[0], *x.shape[2:], *y.shape[2:])  # SIZES
         self.constants = {
             "C": x.shape[1], "M": weight.shape[0] // x.shape[1], "KH": KH, "KW": KW,
@@ -80,13 +82,18 @@ class Call:
         by_tap = self.layout == torch.channels_last
         return (weight.permute(2, 3, 1, 0) if by_tap else weight).contiguous()
 
-    def tiles(self, meta: dict[str, int], shape: torch.Size, *, of_x: bool = False) -> int:
-        """Tiles of a tensor; of_x: of the gradient of x, whose patches grow with the stride."""
+    def block(self, channels: int) -> dict[str, int]:
+        """LANES and BLOCK_C of a tensor of so many channels."""
+        return tuning.block(channels, self.itemsize, self.constants["CHANNELS_LAST"])
+
+    def programs(self, meta: dict[str, int], shape: torch.Size, *, of_x: bool = False) -> int:
+        """For the patches of a tensor, and its blocks of channels; of_x: of the gradient of x,
+        whose patches grow with the stride."""
         rows, cols = meta["ROWS"], meta["COLS"]
         if of_x and self.unrolled:
             rows, cols = rows * self.constants["SH"], cols * self.constants["SW"]
-        return cdiv(shape[0] * cdiv(shape[2], rows) * cdiv(shape[3], cols), meta["LANES"])
+        patches = shape[0] * cdiv(shape[2], rows) * cdiv(shape[3], cols)
+        return cdiv(patches, self.block(shape[1])["LANES"]) * self.blocks(shape[1])
 
-    @staticmethod
-    def blocks(meta: dict[str, int], channels: int) -> int:
-        return cdiv(channels, meta["BLOCK_C"])
+    def blocks(self, channels: int) -> int:
+        return cdiv(channels, self.block(channels)["BLOCK_C"])

@@ -143,11 +143,11 @@ def launch_forward(call, x, taps, scale, shift, mean, y, activation, slope) -> N
     """y = act(scale * (depthwise(x, weight) - mean) + shift) on dense tensors."""
 
     def grid(meta):
-        return (call.tiles(meta, y.shape) * call.blocks(meta, y.shape[1]),)
+        return (call.programs(meta, y.shape),)
 
     wrap_triton(_forward)[grid](
         x, taps, scale, shift, mean, y, *call.sizes, slope, ACTIVATION=activation,
-        UNROLL=call.unrolled, **call.constants,
+        UNROLL=call.unrolled, **call.constants, **call.block(y.shape[1]),
     )  # fmt: skip
 
 

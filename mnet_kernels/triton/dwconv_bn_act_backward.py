@@ -306,21 +306,22 @@ def launch_conv(call, dy, x, taps, vectors, dconv, partial, activation, slope) -
     chunks = chunks_of(dy)
 
     def grid(meta):
-        return (chunks * call.blocks(meta, dy.shape[1]),)
+        return (chunks * call.blocks(dy.shape[1]),)
 
     wrap_triton(_backward_conv)[grid](
         dy, x, taps, *vectors, dconv, partial, *call.sizes, chunks, slope,
-        ACTIVATION=activation, UNROLL=call.unrolled, **call.constants,
+        ACTIVATION=activation, UNROLL=call.unrolled, **call.constants, **call.block(dy.shape[1]),
     )  # fmt: skip
 
 
 def launch_data(call, dconv, taps, dx) -> None:
     def grid(meta):
-        return (call.tiles(meta, dx.shape, of_x=True) * call.blocks(meta, dx.shape[1]),)
+        return (call.programs(meta, dx.shape, of_x=True),)
 
     wrap_triton(_backward_data)[grid](
-        dconv, taps, dx, *call.sizes, UNROLL=call.unrolled, **call.constants
-    )
+        dconv, taps, dx, *call.sizes, UNROLL=call.unrolled, **call.constants,
+        **call.block(dx.shape[1]),
+    )  # fmt: skip
 
 
 def launch_weight(call, dconv, x, dweight) -> None:
@@ -329,12 +330,13 @@ def launch_weight(call, dconv, x, dweight) -> None:
     chunks, partial = chunks_of(dconv), partials(dconv, KH * KW)
 
     def grid(meta):
-        blocks = call.blocks(meta, dconv.shape[1])
+        blocks = call.blocks(dconv.shape[1])
         return chunks * blocks, arguments.cdiv(KH, rows), arguments.cdiv(KW, cols)
 
     wrap_triton(_backward_weight)[grid](
-        dconv, x, partial, *call.sizes, chunks, TAP_ROWS=rows, TAP_COLS=cols, **call.constants
-    )
+        dconv, x, partial, *call.sizes, chunks, TAP_ROWS=rows, TAP_COLS=cols, **call.constants,
+        **call.block(dconv.shape[1]),
+    )  # fmt: skip
     dweight.copy_(partial.sum(0).t().reshape(dweight.shape))
 
 

@@ -168,11 +168,12 @@ def dwconv_bn_act_training(
     chunks, partial, K = chunks_of(y), partials(y, 4), y.shape[1]
 
     def grid(meta):
-        return (chunks * call.blocks(meta, K),)
+        return (chunks * call.blocks(K),)
 
     wrap_triton(_statistics)[grid](
-        x, taps, partial, *call.sizes, chunks, UNROLL=call.unrolled, **call.constants
-    )
+        x, taps, partial, *call.sizes, chunks, UNROLL=call.unrolled, **call.constants,
+        **call.block(K),
+    )  # fmt: skip
     scale = torch.empty_like(mean)
     wrap_triton(_merge_statistics)[(arguments.cdiv(K, MERGED),)](
         partial, arguments.dense(gamma), mean, var, scale, chunks, eps, K=K, MERGED=MERGED

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from mnet_kernels import reference
 from mnet_kernels.registration import (
     _library,
     explicit_padding,
+    gradients_through,
     pair,
     register_autocast,
     register_vmap,
+    training_gradients,
 )
 from mnet_kernels.triton.dwconv_bn_act import dwconv_bn_act
 from mnet_kernels.triton.dwconv_bn_act_backward import dwconv_bn_act_backward
@@ -50,14 +51,7 @@ def _differentiable_gradients(dy, tensors, constants, needed):
         *tensors, stride=stride, padding=padding, dilation=dilation, activation=activation,
         slope=slope,
     )  # fmt: skip
-    return _through(y, dy, tensors, needed)
-
-
-def _through(y, dy, tensors, needed, again=True):
-    """dy through the graph of y; again: what comes out can be differentiated again."""
-    wanted = [t for t, n in zip(tensors, needed, strict=True) if n]
-    gradients = iter(torch.autograd.grad(y, wanted, dy, create_graph=again))
-    return [next(gradients) if n else None for n in needed]
+    return gradients_through(y, dy, tensors, needed, True)
 
 
 def _setup_training(ctx, inputs, output):
@@ -70,24 +64,12 @@ def _setup_training(ctx, inputs, output):
 def _training_backward(ctx, dy, *_):
     tensors, constants, needed = ctx.saved_tensors, ctx.constants, ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():
-        gradients = _differentiable_training_gradients(dy, tensors[:4], constants, needed)
+        gradients = training_gradients(dy, tensors[:4], constants, needed)
     else:
         gradients = dwconv_bn_act_training_backward(
             dy, *tensors, *constants, needed[0], any(needed[1:])
         )
     return *(g if n else None for g, n in zip(gradients, needed, strict=True)), *[None] * 6
-
-
-def _differentiable_training_gradients(dy, tensors, constants, needed):
-    x, weight, gamma, beta = tensors
-    *conv, activation, slope, eps = constants
-    stride, padding, dilation = pair(conv[0]), conv[1], pair(conv[2])
-    padding = explicit_padding(x, weight, stride, padding, dilation)
-    z = reference.dwconv_bn_act(
-        x, weight, stride=stride, padding=padding, dilation=dilation, activation="identity"
-    )
-    z = F.batch_norm(z, None, None, gamma, beta, training=True, eps=eps)
-    return _through(reference.ACTIVATIONS[activation](z, slope), dy, tensors, needed)
 
 
 dwconv_bn_act_training.register_autograd(_training_backward, setup_context=_setup_training)
@@ -124,7 +106,7 @@ def _separable_backward(ctx, dy):
             between, pw_weight, pw_scale, pw_shift, activation=pw_activation, slope=slope
         )
         y = y if residual is None else y + residual
-    gradients = _through(y, dy, tensors, needed, again)
+    gradients = gradients_through(y, dy, tensors, needed, again)
     return *gradients, *[None] * len(ctx.constants)
 
 

@@ -22,32 +22,35 @@ _BLOCKS = (64, 32, 16, 8)  # channels; 64 of bfloat16 are a 128-byte line
 #: Multiply-adds of tiles in a program: what its registers hold in channels_last, where a thread's
 #: part of a tile is a vector; what its code may grow to in contiguous, where it is one number.
 _MOST_UNROLLED = {True: 128, False: 400}
-_MOST_INPUTS = 60  # tiles that a thread may hold at once: ptxas moves loads to the front
+#: What a thread's inputs, taps and sums take in channels_last if all are held at once: compilers
+#: move loads to the front.
+_MOST_REGISTERS = 256
 
 
-def _config(rows: int, cols: int, block_c: int, vector: int) -> triton.Config:
-    lanes = _THREADS * vector // block_c
-    return triton.Config(
-        {"ROWS": rows, "COLS": cols, "LANES": lanes, "BLOCK_C": block_c},
-        num_warps=_THREADS // _WARP,
-    )
+class Patches:
+    """The patches that a kernel may have.
+
+    Args:
+        channels_last: (ROWS, COLS), smallest first.
+        rows: ROWS for contiguous, each with every number of COLS.
+    """
+
+    def __init__(self, channels_last: list[tuple[int, int]], rows: list[int]) -> None:
+        self.channels_last = channels_last
+        self.contiguous = [(r, cols) for r in rows for cols in (8, 4, 2, 1)]
+        self.configs = {
+            patch: triton.Config(
+                dict(zip(("ROWS", "COLS"), patch, strict=True)), num_warps=_THREADS // _WARP
+            )
+            for patch in channels_last + self.contiguous
+        }
 
 
-def _configs(channels_last: list[tuple[int, int]], contiguous: list[int]) -> list[triton.Config]:
-    """Patches (ROWS, COLS) for channels_last; ROWS for contiguous, with every number of COLS."""
-    return [
-        _config(rows, cols, block_c, vector)
-        for rows, cols in channels_last
-        for block_c in _BLOCKS
-        for vector in (8, 4)
-    ] + [_config(rows, cols, 1, 1) for rows in contiguous for cols in (8, 4, 2, 1)]
-
-
-FORWARD = _configs([(1, 1), (1, 2), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
+FORWARD = Patches([(1, 1), (1, 2), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
 # Next to the patch: two sums a channel; the whole of dx before it is stored; a sum for every tap.
-CONV = _configs([(1, 1), (1, 2), (1, 4)], [1, 2, 4, 7])
-DATA = _configs([(1, 1), (1, 2), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
-WEIGHT = _configs([(1, 1), (1, 2), (2, 2)], [1, 2])
+CONV = Patches([(1, 1), (1, 2), (1, 4)], [1, 2, 4, 7])
+DATA = Patches([(1, 1), (1, 2), (1, 4), (2, 2), (4, 2)], [1, 2, 4, 7])
+WEIGHT = Patches([(1, 1), (1, 2), (2, 2)], [1, 2])
 
 # separable_conv: more output channels compute the depthwise half less often, more pixels load the
 # weights less often; at most 64 float32 sums a thread, next to that half's vectors for every tap.
@@ -72,54 +75,80 @@ _KEY = [
 ]  # fmt: skip
 
 
-def autotune(configs: list[triton.Config]) -> Callable:
+def autotune(kind: Patches | list[triton.Config]) -> Callable:
     return triton.autotune(
-        configs=configs,
+        configs=kind if isinstance(kind, list) else list(kind.configs.values()),
         key=_KEY,
-        prune_configs_by={"early_config_prune": _Prune(configs)},
+        prune_configs_by={"early_config_prune": _Prune(kind)},
         cache_results=True,
     )
 
 
-def prune(kind: list[triton.Config], itemsize: int, shape: dict[str, Any]) -> list[triton.Config]:
-    """At most three configurations of FORWARD, CONV, DATA or WEIGHT: the largest patches that fit.
+def block(channels: int, itemsize: int, channels_last: bool) -> dict[str, int]:
+    """How a program's threads are shared out between channels and patches: nothing to choose.
+
+    The widest block of channels that leaves at most an eighth of its threads idle."""
+    if not channels_last:
+        return {"LANES": _THREADS, "BLOCK_C": 1}
+    fitting = (b for b in _BLOCKS if -(-channels // b) * b * 8 <= channels * 9)
+    block_c = next(fitting, _BLOCKS[-1])
+    return {"LANES": _THREADS * (16 // itemsize) // block_c, "BLOCK_C": block_c}
+
+
+def prune(kind: Patches, itemsize: int, shape: dict[str, Any]) -> list[triton.Config]:
+    """At most three configurations: the largest patches that fit.
 
     Args:
         itemsize: of x, bytes.
         shape: the kernel's arguments by name.
     """
-    fitting = [c for c in kind if _fits(kind, c.kwargs, itemsize, shape)]
+    patches = kind.channels_last if shape["CHANNELS_LAST"] else kind.contiguous
+    fitting = [patch for patch in patches if _fits(kind, *patch, itemsize, shape)]
     if not shape["CHANNELS_LAST"]:  # the widest vectors that fit
-        widest = max(c.kwargs["COLS"] for c in fitting)
-        fitting = [c for c in fitting if c.kwargs["COLS"] == widest]
-    return fitting[-3:]
+        widest = max(cols for _, cols in fitting)
+        fitting = [patch for patch in fitting if patch[1] == widest]
+    return [kind.configs[patch] for patch in fitting[-3:]]
 
 
-def _fits(kind: list, config: dict[str, int], itemsize: int, shape: dict[str, Any]) -> bool:
-    rows, cols = config["ROWS"], config["COLS"]
+def _fits(kind: Patches, rows: int, cols: int, itemsize: int, shape: dict[str, Any]) -> bool:
     channels_last = shape["CHANNELS_LAST"]
     of_x = kind is DATA  # patches of x, a stride larger
     height, width = (shape["H"], shape["W"]) if of_x else (shape["OH"], shape["OW"])
     patch = rows * cols * (shape["SH"] * shape["SW"] if of_x else 1)
     if rows * cols > 1:
-        taps = shape["KH"] * shape["KW"] if kind is not WEIGHT else 9
         if not shape.get("UNROLL", True) or rows > height or cols > width:
             return False
-        most = _MOST_UNROLLED[channels_last] // (2 if kind is CONV and channels_last else 1)
-        inputs = ((rows - 1) * shape["SH"] + shape["KH"]) * ((cols - 1) * shape["SW"] + shape["KW"])
-        if rows * cols * taps > most or (channels_last and (patch > 16 or inputs > _MOST_INPUTS)):
+        kh, kw = (shape[n] for n in (("TAP_ROWS", "TAP_COLS") if kind is WEIGHT else ("KH", "KW")))
+        of_conv = kind is CONV and channels_last
+        if rows * cols * kh * kw > _MOST_UNROLLED[channels_last] // (2 if of_conv else 1):
+            return False
+        if channels_last and (
+            patch > 16
+            or _registers(kind, rows, cols, kh, kw, patch, itemsize, shape) > _MOST_REGISTERS
+        ):
             return False
     if kind is WEIGHT and (height % rows or width % cols):
         return False  # its patches cover the plane exactly
     if channels_last:
-        vector = config["LANES"] * config["BLOCK_C"] // _THREADS
-        channels = shape["C"] * (1 if of_x else shape["M"])
-        return vector == 16 // itemsize and config["BLOCK_C"] == _block(channels)
-    if config["BLOCK_C"] > 1 or (rows == 7 and height % 7):
+        return True
+    if rows == 7 and height % 7:
         return False
     columns = cols * shape["SW"]  # of x, for cols of y
     whole = columns & (columns - 1) == 0 and shape["W"] % columns == 0 and shape["OW"] % cols == 0
     return cols == 1 or (whole and columns * itemsize <= 16)
+
+
+def _registers(
+    kind: Patches, rows: int, cols: int, kh: int, kw: int, sums: int, itemsize: int, shape: dict
+) -> int:
+    """For loads of 16 bytes and float32 sums of as many channels."""
+    sh, sw = shape["SH"], shape["SW"]
+    if kind is DATA:  # of dy, for patches of x
+        inputs = (rows + (kh - 1) // sh) * (cols + (kw - 1) // sw)
+    else:
+        inputs = ((rows - 1) * sh + kh) * ((cols - 1) * sw + kw)
+    beside = 6 if kind is CONV else 0  # dy, two sums a channel
+    return 4 * (inputs + kh * kw + beside) + 16 // itemsize * sums
 
 
 def prune_separable(itemsize: int, shape: dict[str, Any]) -> list[triton.Config]:
@@ -136,20 +165,15 @@ def prune_separable(itemsize: int, shape: dict[str, Any]) -> list[triton.Config]
     return [c for c in SEPARABLE if fits(c.kwargs)]
 
 
-def _block(channels: int) -> int:
-    """The widest block of channels that leaves at most an eighth of its lanes idle."""
-    return next((b for b in _BLOCKS if -(-channels // b) * b * 8 <= channels * 9), _BLOCKS[-1])
-
-
 class _Prune:
     """early_config_prune of one kernel. Triton gives the positional arguments by name, torch's
     tracing the same."""
 
-    def __init__(self, kind: list[triton.Config]) -> None:
+    def __init__(self, kind: Patches | list[triton.Config]) -> None:
         self.kind = kind
 
     def __call__(self, configs, named, **constants):
         itemsize = named["w_ptr" if self.kind is not WEIGHT else "x_ptr"].dtype.itemsize
-        if self.kind is SEPARABLE:
+        if isinstance(self.kind, list):
             return prune_separable(itemsize, named | constants)
         return prune(self.kind, itemsize, named | constants)
