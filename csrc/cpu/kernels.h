@@ -87,6 +87,28 @@ struct ConvCall {
   int64_t pixel_blocks, channel_blocks;  // a task is one of each
 };
 
+// A 1x1 convolution with its norm and activation in training, float32, channels_last: z, (P, K), is
+// the product of x, (P, C), and the weight; y = activate(scale * centred + shift) with centred = z -
+// mean. Gradients as in DwconvTrainingCall.
+struct ConvTrainingCall {
+  int64_t P, C, K;  // P: pixels of the whole batch
+  int64_t block;    // pixels of a task and of its partials
+  Activation activation;
+  double slope;
+  const float *x, *dy;
+  float *z, *y, *dx, *dweight;  // z is read only in backward; dx: null where it is not wanted
+  const float *scale, *shift, *mean, *linear, *constant;
+  const float *packed, *ones, *zeros;  // of the product (see pack_conv_panels), and its epilogue
+  float* partials;                     // [block][value][K]
+  bool stream;                         // y may bypass the caches
+  // The weight's gradient goes by chunks of pixels, whose operands are packed in panels of
+  // kGradientRows output channels and of a vector of input channels, so many floats apart.
+  int64_t chunk_first, chunk_pixels;
+  float *d_panels, *x_panels;
+  int64_t d_stride, x_stride;
+  int64_t row_tiles;  // of a task
+};
+
 struct Kernels {
   const char* name;
   int64_t width;  // float lanes of a vector
@@ -109,6 +131,17 @@ struct Kernels {
   void (*dwconv_gradients)(const DwconvTrainingCall&, int64_t begin, int64_t end, void* scratch);
   // Bytes of scratch that a thread of these three needs.
   int64_t (*dwconv_training_scratch)(const DwconvTrainingCall&);
+  // Output channels of a panel of the weight's gradient.
+  int64_t gradient_rows;
+  void (*pack_conv_panels)(const float* weight, int64_t K, int64_t C, bool transposed,
+                           int64_t begin, int64_t end, float* to);
+  void (*conv_statistics)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  void (*conv_normalise)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  void (*conv_gradient_sums)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  void (*conv_data_gradient)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  void (*conv_weight_gradient)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  // Bytes of scratch that a thread of these needs.
+  int64_t (*conv_training_scratch)(const ConvTrainingCall&);
 };
 
 // Widest first, each with a run-time test of the processor; the last one always runs.

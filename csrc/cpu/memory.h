@@ -16,7 +16,7 @@ inline void* align_line(char* p) {
 
 // Memory that a thread keeps between calls, so that no call pays for page faults, on whole cache
 // lines. One for each use, since uses nest.
-enum class Scratch { kernel, band, sequence, partials };
+enum class Scratch { kernel, band, sequence, partials, panels };
 template <Scratch Use>
 void* scratch_bytes(std::size_t bytes) {
   thread_local std::unique_ptr<char[]> memory;
