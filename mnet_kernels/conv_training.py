@@ -53,6 +53,9 @@ def conv_bn_act_training(
         RuntimeError: an argument is wrong; the message names operator, argument, expected and
             actual. Nothing has run or changed by then.
     """
+    if x.dtype != torch.float32 or not x.is_cpu:
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise RuntimeError(f"{_OP}: x: expected float32 on the CPU, got {dtype} on {x.device}")
     batch_statistics.check(_OP, x, weight, running_mean, running_var, momentum)
     tensors = (x, weight, gamma, beta)
     eager = not torch.compiler.is_compiling() and batch_statistics.records_plainly(*tensors)
@@ -99,9 +102,7 @@ def _backward(ctx, dy, dz, dmean, dvar):
     wanted = ctx.needs_input_grad[:4]
     x, weight, gamma, beta, z, mean, var = ctx.saved_tensors  # asked for once
     if torch.is_grad_enabled():  # gradients of gradients are asked for
-        gradients = _differentiable_gradients(
-            dy, (x, weight, gamma, beta), ctx.constants, wanted
-        )
+        gradients = _differentiable_gradients(dy, (x, weight, gamma, beta), ctx.constants, wanted)
     else:
         dx, dweight, *sums = _training_backward(
             dy, x, z, weight, gamma, beta, mean, var, *ctx.constants, wanted[0], any(wanted[1:])

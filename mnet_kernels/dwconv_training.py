@@ -165,7 +165,9 @@ def _backward_fake(dy, x, weight, gamma, beta, mean, var, *constants_and_wanted)
     layout = registration.layout_of(x)
     dx = x.new_empty(x.shape).to(memory_format=layout) if data else x.new_empty(0)
     dweight = x.new_empty(weight.shape if sums else 0)
-    dgamma, dbeta = (batch_statistics.per_channel(x, weight.shape[0] if sums else 0) for _ in range(2))
+    dgamma, dbeta = (
+        batch_statistics.per_channel(x, weight.shape[0] if sums else 0) for _ in range(2)
+    )
     return dx, dweight, dgamma, dbeta
 
 
