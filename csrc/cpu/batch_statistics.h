@@ -26,7 +26,7 @@ Acc* values(Tensor& t) {
   return static_cast<Acc*>(t.mutable_data_ptr());
 }
 
-// [value][K], added over blocks.
+// The sums, [value][K], over blocks whose partials are [value].
 template <typename Acc>
 std::vector<double> added_up(const Acc* partials, int64_t blocks, int64_t values) {
   std::vector<double> total(static_cast<std::size_t>(values));
@@ -35,26 +35,37 @@ std::vector<double> added_up(const Acc* partials, int64_t blocks, int64_t values
   return total;
 }
 
+// Of sums in two numbers, [value][2][K], one.
+inline std::vector<double> joined(const std::vector<double>& pairs, std::size_t K) {
+  std::vector<double> sums(pairs.size() / 2);
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    const std::size_t at = i / K * 2 * K + i % K;
+    sums[i] = pairs[at] + pairs[at + K];
+  }
+  return sums;
+}
+
 struct Statistics {
   std::vector<double> mean, var;  // biased
 };
 
 // The batch's: those of the blocks, merged (Chan, Golub, LeVeque 1983). A block's partials are a
-// pivot and the sums of (value - pivot) and of its square, each [K], over pixels_of(block) values.
+// pivot and the sums of (value - pivot) and of its square, each in two numbers, each [K], over
+// pixels_of(block) values.
 template <typename Acc, typename Pixels>
 Statistics merged(const Acc* pivot, int64_t blocks, std::size_t K, const Pixels& pixels_of) {
   Statistics s{std::vector<double>(K), std::vector<double>(K)};
   double before = 0;
-  for (int64_t block = 0; block < blocks; ++block, pivot += 3 * K) {
-    const Acc *first = pivot + K, *second = first + K;
+  for (int64_t block = 0; block < blocks; ++block, pivot += 5 * K) {
+    const Acc *sum = pivot + K, *squares = sum + 2 * K;
     const auto count = static_cast<double>(pixels_of(block));
     const double after = before + count, share = count / after, weight = before * share;
     const double each = 1 / count;
     for (std::size_t k = 0; k < K; ++k) {
-      const double offset = first[k] * each;
+      const double first = static_cast<double>(sum[k]) + sum[K + k], offset = first * each;
       const double away = pivot[k] + offset - s.mean[k];
       s.mean[k] += away * share;
-      s.var[k] += second[k] - first[k] * offset + away * away * weight;
+      s.var[k] += squares[k] + (squares[K + k] - first * offset) + away * away * weight;
     }
     before = after;
   }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../tensor.h"
@@ -52,8 +53,8 @@ struct Training {
     call.P = p.N * p.H * p.W, call.C = p.C, call.K = p.K;
     call.activation = p.activation, call.slope = p.slope;
     // What a block reads and writes stays in the second-level cache; sixteen blocks share out well.
-    constexpr int64_t kValues = int64_t{1} << 16, kMost = 1024, kLeast = 16, kBlocks = 16;
-    const int64_t fit = std::clamp(kValues / std::max(p.C, p.K), 2 * kLeast, kMost);
+    constexpr int64_t kValues = int64_t{1} << 15, kMost = 1024, kLeast = 16, kBlocks = 16;
+    const int64_t fit = std::clamp(kValues / std::max(p.C, p.K), 4 * kLeast, kMost);
     call.block = std::clamp(ceil_div(call.P, kBlocks), kLeast, fit);
     const auto filled = static_cast<std::size_t>(panels_of(std::max(p.C, p.K)) * kPanel);
     ones.assign(filled, 1.0f), zeros.assign(filled, 0.0f);
@@ -94,27 +95,44 @@ struct Training {
   }
 };
 
-// The weight's gradient, and dx where call.dx is set, by chunks of pixels whose packed operands
-// stay in the last-level cache.
+// The weight's gradient, and dx where call.dx is set. Small weights: by slabs of pixels, whose
+// gradients of the weight are added up; large ones: by chunks of pixels, whose operands of the
+// weight's gradient all threads share.
 void convolution_gradients(Training& training, const Tensor& weight, Tensor& dweight) {
-  constexpr int64_t kChunk = int64_t{1} << 20, kLine = 16, kTasks = 16;
+  constexpr int64_t kSmall = int64_t{1} << 16, kChunk = int64_t{1} << 20, kLine = 16, kTasks = 16;
   ConvTrainingCall& call = training.call;
   const int64_t V = training.kernels.width, R = training.kernels.gradient_rows;
-  const int64_t fit = std::max(kChunk / (call.C + call.K) / call.block, int64_t{1}) * call.block;
-  const int64_t chunk = std::min(fit, training.blocks() * call.block);
+  const int64_t values = call.K * call.C, blocks = training.blocks();
+  call.slabs = values > kSmall ? 1 : std::min(blocks, 4 * values > kSmall ? kTasks / 2 : kTasks);
+  const int64_t fit = std::max(kChunk / (call.C + call.K) / call.block, int64_t{1});
+  const int64_t chunk = (call.slabs > 1 ? 1 : std::min(fit, blocks)) * call.block;
   // A line more, so that panels do not share cache sets.
   call.d_stride = chunk * R + kLine, call.x_stride = chunk * V + kLine;
-  const int64_t d_floats = (ceil_div(call.K, std::max(V, R)) * std::max(V, R) / R) * call.d_stride;
-  const int64_t x_floats = ceil_div(call.C, V) * call.x_stride;
-  call.d_panels = training.pack(weight, true, d_floats + x_floats + kLine);
-  call.x_panels = call.d_panels + ceil_div(d_floats, kLine) * kLine;
+  call.d_floats = ceil_div(call.K, std::max(V, R)) * std::max(V, R) / R * call.d_stride;
+  call.d_floats = ceil_div(call.d_floats, kLine) * kLine;
+  call.x_floats = ceil_div(call.C, V) * call.x_stride;
   call.dweight = static_cast<float*>(dweight.mutable_data_ptr());
-  const int64_t columns = ceil_div(call.C, 2 * V), tiles = ceil_div(call.K, R);
-  call.row_tiles = std::clamp(columns * tiles / kTasks, int64_t{1}, int64_t{8});
+  call.columns = ceil_div(call.C, 2 * V), call.row_tiles = ceil_div(call.K, R);
+  if (call.slabs > 1) {
+    float* sums = training.pack(weight, true, call.slabs * values);
+    float* total = std::exchange(call.dweight, sums);
+    training.run(training.kernels.conv_slab_gradients, call.slabs);
+    for (int64_t i = 0; i < values; ++i) {
+      float sum = sums[i];
+      for (int64_t slab = 1; slab < call.slabs; ++slab) sum += sums[slab * values + i];
+      total[i] = sum;
+    }
+    return;
+  }
+  call.d_panels = training.pack(weight, true, call.d_floats + call.x_floats);
+  call.x_panels = call.d_panels + call.d_floats;
+  const int64_t tiles = call.row_tiles;
+  call.row_tiles = std::clamp(call.columns * tiles / kTasks, int64_t{1}, int64_t{8});
   for (call.chunk_first = 0; call.chunk_first < call.P; call.chunk_first += chunk) {
     call.chunk_pixels = std::min(chunk, call.P - call.chunk_first);
     training.run(training.kernels.conv_data_gradient, ceil_div(call.chunk_pixels, call.block));
-    training.run(training.kernels.conv_weight_gradient, columns * ceil_div(tiles, call.row_tiles));
+    training.run(training.kernels.conv_weight_gradient,
+                 call.columns * ceil_div(tiles, call.row_tiles));
   }
 }
 
@@ -122,13 +140,14 @@ Tensor dense_weight(const Tensor& weight) { return dense(weight, Layout::contigu
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_training(
-    Tensor x, Tensor weight, Optional gamma, Optional beta, std::string activation, double slope,
-    double eps) {
-  const Problem p = checked("conv_bn_act_training", x, weight, gamma, beta, std::move(activation),
-                            slope, eps);
-  Tensor y = empty_4d(x, p.N, p.K, p.H, p.W, Layout::channels_last);
-  Tensor z = empty_4d(x, p.N, p.K, p.H, p.W, Layout::channels_last);
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_training(Tensor x, Tensor weight,
+                                                                Optional gamma, Optional beta,
+                                                                std::string activation,
+                                                                double slope, double eps) {
+  const Problem p =
+      checked("conv_bn_act_training", x, weight, gamma, beta, std::move(activation), slope, eps);
+  Tensor y = empty_result(x, p.N, p.K, p.H, p.W, Layout::channels_last);
+  Tensor z = empty_result(x, p.N, p.K, p.H, p.W, Layout::channels_last);
   Tensor mean = empty_channels(p, p.K), var = empty_channels(p, p.K);
   const auto K = static_cast<std::size_t>(p.K);
   Statistics exact{std::vector<double>(K), std::vector<double>(K)};
@@ -139,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_training(
     call.x = static_cast<const float*>(input.const_data_ptr());
     call.z = values<float>(z);
     training.pack(flat, false, 0);
-    const float* partials = training.run_with_partials(training.kernels.conv_statistics, 3);
+    const float* partials = training.run_with_partials(training.kernels.conv_statistics, 5);
     exact = merged(partials, training.blocks(), K,
                    [&](int64_t block) { return training.pixels_of(block); });
   }
@@ -173,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_training_backward(
   if (of_z.dim != 4 || of_z.dtype != DType::float32 || z.numel() != p.N * p.K * p.H * p.W)
     check::fail(op, "z", "what conv_bn_act_training returned", check::shape(of_z));
 
-  Tensor dx = data ? empty_4d(x, p.N, p.C, p.H, p.W, Layout::channels_last)
+  Tensor dx = data ? empty_result(x, p.N, p.C, p.H, p.W, Layout::channels_last)
                    : empty_strided(x, {0}, {1});
   Tensor dweight = empty_4d(x, p.K, p.C, 1, 1, Layout::contiguous);
   Tensor dgamma = empty_channels(p, p.K), dbeta = empty_channels(p, p.K);
@@ -198,8 +217,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_training_backward(
   call.shift = per_channel<float>(beta, p.K, 0.0f, shift_memory);
   call.linear = norm.linear.data();
   call.constant = norm.constant.data();
-  const float* partials = training.run_with_partials(training.kernels.conv_gradient_sums, 2);
-  const auto total = added_up(partials, training.blocks(), 2 * p.K);
+  const float* partials = training.run_with_partials(training.kernels.conv_gradient_sums, 4);
+  const auto total =
+      joined(added_up(partials, training.blocks(), 4 * p.K), static_cast<std::size_t>(p.K));
   norm.write_sums(total, dgamma, dbeta);
   norm.add_statistics(factor, total, static_cast<double>(call.P));
   if (data) call.dx = static_cast<float*>(dx.mutable_data_ptr());

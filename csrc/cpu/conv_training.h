@@ -4,6 +4,9 @@
 
 // Rows (output channels) by two vectors (input channels) of the weight's gradient in registers.
 constexpr int kGradientRows = kRegisters >= 32 ? 8 : 4;
+// Pixels that elementwise passes go through group by group of channels; sums of more are added up
+// from sums of so many.
+constexpr int64_t kRun = 32;
 // Vectors of channels that elementwise passes hold constants of.
 constexpr int kGroup = kRegisters >= 32 ? 4 : 1;
 
@@ -15,6 +18,17 @@ MNET_INLINE void store_lanes(float* p, Vector<float> v, int lanes) {
     store(p, v);
   else
     store_first(p, v, lanes);
+}
+
+// Sums in two numbers, K apart.
+MNET_INLINE void store_sum(float* to, int64_t K, const Sum<Vector<float>>& sum, int lanes) {
+  store_lanes(to, sum.value, lanes);
+  store_lanes(to + K, sum.lost, lanes);
+}
+MNET_INLINE void add_to_sum(float* to, int64_t K, Vector<float> x, int lanes) {
+  Sum<Vector<float>> sum{load_lanes(to, lanes), load_lanes(to + K, lanes)};
+  sum.add(x);
+  store_sum(to, K, sum, lanes);
 }
 
 // body(group size, first channel, lanes of the last vector) for all channels.
@@ -80,17 +94,17 @@ static void conv_statistics(const ConvTrainingCall& call, int64_t begin, int64_t
                             void* scratch) {
   using Vec = Vector<float>;
   constexpr int V = kWidth<float>;
-  constexpr int64_t kRun = 32;  // sums of more are added up from sums of so many
   for (int64_t block = begin; block < end; ++block) {
     const int64_t K = call.K, first_pixel = block * call.block;
     const int64_t count = call.P - first_pixel < call.block ? call.P - first_pixel : call.block;
     float* z = call.z + first_pixel * K;
     multiply(call.x + first_pixel * call.C, call.packed, call.ones, call.zeros, count, call.C, K, z,
              scratch);
-    float* out = call.partials + block * 3 * K;
+    float* out = call.partials + block * 5 * K;
     each_group(K, [&](auto vectors, int64_t k, int lanes) __attribute__((always_inline)) {
       constexpr int G = decltype(vectors)::value;
-      Vec pivot[G] = {}, first[G] = {}, second[G] = {};
+      Vec pivot[G] = {};
+      Sum<Vec> first[G], second[G];
       const int64_t few = count < 8 ? count : 8;
       for (int64_t p = 0; p < few; ++p)
         for (int g = 0; g < G; ++g) pivot[g] += load_lanes(z + p * K + k + g * V, lanes);
@@ -105,15 +119,21 @@ static void conv_statistics(const ConvTrainingCall& call, int64_t begin, int64_t
             sum[g] += away;
             squares[g] += away * away;
           }
-        for (int g = 0; g < G; ++g) first[g] += sum[g], second[g] += squares[g];
+        for (int g = 0; g < G; ++g) first[g].add(sum[g]), second[g].add(squares[g]);
       }
       for (int g = 0; g < G; ++g) {
         store_lanes(out + k + g * V, pivot[g], lanes);
-        store_lanes(out + K + k + g * V, first[g], lanes);
-        store_lanes(out + 2 * K + k + g * V, second[g], lanes);
+        store_sum(out + K + k + g * V, K, first[g], lanes);
+        store_sum(out + 3 * K + k + g * V, K, second[g], lanes);
       }
     });
   }
+}
+
+// body(begin, end) for the runs of pixels [begin, end).
+template <typename Body>
+MNET_INLINE void each_run(int64_t begin, int64_t end, const Body& body) {
+  for (int64_t p = begin; p < end; p += kRun) body(p, end - p < kRun ? end : p + kRun);
 }
 
 // Blocks [begin, end) of y = activate(scale * (z - mean) + shift).
@@ -122,29 +142,31 @@ static void conv_normalise(const ConvTrainingCall& call, int64_t begin, int64_t 
   constexpr int V = kWidth<float>;
   const Clamp<float> clamp = clamp_of<float>(call.activation);
   const int64_t K = call.K, last = end * call.block < call.P ? end * call.block : call.P;
-  each_group(K, [&](auto vectors, int64_t k, int lanes) __attribute__((always_inline)) {
-    constexpr int G = decltype(vectors)::value;
-    Vec mean[G], scale[G], shift[G];
-    for (int g = 0; g < G; ++g) {
-      mean[g] = load_lanes(call.mean + k + g * V, lanes);
-      scale[g] = load_lanes(call.scale + k + g * V, lanes);
-      shift[g] = load_lanes(call.shift + k + g * V, lanes);
-    }
-    for (int64_t p = begin * call.block; p < last; ++p) {
-      Vec out[G];
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g)
-        out[g] = (load_lanes(call.z + p * K + k + g * V, lanes) - mean[g]) * scale[g] + shift[g];
-      if (!clamp.exact) activate_registers<float, G>(call, out);
-#pragma GCC unroll 4
+  each_run(begin * call.block, last, [&](int64_t first, int64_t stop) {
+    each_group(K, [&](auto vectors, int64_t k, int lanes) __attribute__((always_inline)) {
+      constexpr int G = decltype(vectors)::value;
+      Vec mean[G], scale[G], shift[G];
       for (int g = 0; g < G; ++g) {
-        out[g] = at_most<float>(at_least<float>(out[g], clamp.low), clamp.high);
-        if (kStreams && call.stream)
-          stream(call.y + p * K + k + g * V, out[g]);
-        else
-          store_lanes(call.y + p * K + k + g * V, out[g], lanes);
+        mean[g] = load_lanes(call.mean + k + g * V, lanes);
+        scale[g] = load_lanes(call.scale + k + g * V, lanes);
+        shift[g] = load_lanes(call.shift + k + g * V, lanes);
       }
-    }
+      for (int64_t p = first; p < stop; ++p) {
+        Vec out[G];
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g)
+          out[g] = (load_lanes(call.z + p * K + k + g * V, lanes) - mean[g]) * scale[g] + shift[g];
+        if (!clamp.exact) activate_registers<float, G>(call, out);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g) {
+          out[g] = at_most<float>(at_least<float>(out[g], clamp.low), clamp.high);
+          if (kStreams && call.stream)
+            stream(call.y + p * K + k + g * V, out[g]);
+          else
+            store_lanes(call.y + p * K + k + g * V, out[g], lanes);
+        }
+      }
+    });
   });
   if (call.stream) drain_streams();
 }
@@ -192,52 +214,45 @@ struct NormGradient {
 static void conv_gradient_sums(const ConvTrainingCall& call, int64_t begin, int64_t end, void*) {
   using Vec = Vector<float>;
   constexpr int V = kWidth<float>;
-  constexpr int64_t kRun = 32;
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t K = call.K, first_pixel = block * call.block;
-    const int64_t last =
-        first_pixel + call.block < call.P ? first_pixel + call.block : call.P;
-    float* out = call.partials + block * 2 * K;
-    each_group(K, [&](auto vectors, int64_t k, int lanes) __attribute__((always_inline)) {
-      constexpr int G = decltype(vectors)::value;
-      const NormGradient<G> norm(call, k, lanes);
-      Vec along[G] = {}, all[G] = {};
-      for (int64_t p = first_pixel; p < last;) {
-        const int64_t stop = p + kRun < last ? p + kRun : last;
-        Vec a[G] = {}, b[G] = {};
-        for (; p < stop; ++p) {
+    const int64_t K = call.K, first = block * call.block;
+    const int64_t last = first + call.block < call.P ? first + call.block : call.P;
+    float* out = call.partials + block * 4 * K;
+    for (int64_t i = 0; i < 4 * K; ++i) out[i] = 0;
+    each_run(first, last, [&](int64_t from, int64_t stop) {
+      each_group(K, [&](auto vectors, int64_t k, int lanes) __attribute__((always_inline)) {
+        constexpr int G = decltype(vectors)::value;
+        const NormGradient<G> norm(call, k, lanes);
+        Vec along[G] = {}, all[G] = {};
+        for (int64_t p = from; p < stop; ++p) {
           Vec centred[G], dz[G];
           norm.at(call, p * K + k, centred, dz);
 #pragma GCC unroll 4
           for (int g = 0; g < G; ++g) {
-            a[g] += dz[g] * centred[g];
-            b[g] += dz[g];
+            along[g] += dz[g] * centred[g];
+            all[g] += dz[g];
           }
         }
-        for (int g = 0; g < G; ++g) along[g] += a[g], all[g] += b[g];
-      }
-      for (int g = 0; g < G; ++g) {
-        store_lanes(out + k + g * V, along[g], lanes);
-        store_lanes(out + K + k + g * V, all[g], lanes);
-      }
+        for (int g = 0; g < G; ++g) {
+          add_to_sum(out + k + g * V, K, along[g], lanes);
+          add_to_sum(out + 2 * K + k + g * V, K, all[g], lanes);
+        }
+      });
     });
   }
 }
 
-// Blocks [begin, end) of a chunk of pixels: the gradient of the convolution, from there dx, and
+// A block of a chunk, from its pixel `at` on: the gradient of the convolution, from there dx, and
 // both operands of the weight's gradient in panels: [kGradientRows output channels] and [a vector
 // of input channels], pixel after pixel.
-static void conv_data_gradient(const ConvTrainingCall& call, int64_t begin, int64_t end,
-                               void* scratch) {
+static void data_gradient(const ConvTrainingCall& call, int64_t at, void* scratch) {
   using Vec = Vector<float>;
-  constexpr int V = kWidth<float>, kPart = V < kGradientRows ? V : kGradientRows;
-  const int64_t K = call.K, C = call.C;
+  constexpr int V = kWidth<float>, R = kGradientRows, kPart = V < R ? V : R;
+  const int64_t K = call.K, C = call.C, first_pixel = call.chunk_first + at;
+  const int64_t left = call.chunk_pixels - at, count = left < call.block ? left : call.block;
   auto* rows = static_cast<float*>(scratch);
   void* inner = rows + (call.block * K + 15) / 16 * 16;
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t in_chunk = block * call.block, first_pixel = call.chunk_first + in_chunk;
-    const int64_t left = call.chunk_pixels - in_chunk;
-    const int64_t count = left < call.block ? left : call.block;
+  each_run(0, count, [&](int64_t from, int64_t stop) {
     each_group(K, [&](auto vectors, int64_t k, int lanes) __attribute__((always_inline)) {
       constexpr int G = decltype(vectors)::value;
       const NormGradient<G> norm(call, k, lanes);
@@ -246,34 +261,43 @@ static void conv_data_gradient(const ConvTrainingCall& call, int64_t begin, int6
         linear[g] = load_lanes(call.linear + k + g * V, lanes);
         constant[g] = load_lanes(call.constant + k + g * V, lanes);
       }
-      for (int64_t p = 0; p < count; ++p) {
+      for (int64_t p = from; p < stop; ++p) {
         Vec centred[G], dz[G];
         norm.at(call, (first_pixel + p) * K + k, centred, dz);
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) {
           const Vec d = dz[g] * norm.scale[g] + (centred[g] * linear[g] + constant[g]);
           store_lanes(rows + p * K + k + g * V, d, lanes);
-          const int64_t channel = k + g * V;
+          float parts[V];
+          store(parts, d);
 #pragma GCC unroll 4
           for (int part = 0; part < V; part += kPart) {
-            const int64_t row = channel + part;
-            __builtin_memcpy(call.d_panels + row / kGradientRows * call.d_stride +
-                                 (in_chunk + p) * kGradientRows + row % kGradientRows,
-                             reinterpret_cast<const float*>(&d) + part, kPart * sizeof(float));
+            const int64_t row = k + g * V + part;
+            __builtin_memcpy(call.d_panels + row / R * call.d_stride + (at + p) * R + row % R,
+                             parts + part, kPart * sizeof(float));
           }
         }
       }
     });
-    const float* x = call.x + first_pixel * C;
+  });
+  const float* x = call.x + first_pixel * C;
+  each_run(0, count, [&](int64_t from, int64_t stop) {
     for (int64_t c = 0; c < C; c += V) {
       const int lanes = static_cast<int>(C - c < V ? C - c : V);
-      float* to = call.x_panels + c / V * call.x_stride + in_chunk * V;
-      for (int64_t p = 0; p < count; ++p) store(to + p * V, load_lanes(x + p * C + c, lanes));
+      float* to = call.x_panels + c / V * call.x_stride + at * V;
+      for (int64_t p = from; p < stop; ++p) store(to + p * V, load_lanes(x + p * C + c, lanes));
     }
-    if (call.dx != nullptr)
-      multiply(rows, call.packed, call.ones, call.zeros, count, K, C, call.dx + first_pixel * C,
-               inner);
-  }
+  });
+  if (call.dx != nullptr)
+    multiply(rows, call.packed, call.ones, call.zeros, count, K, C, call.dx + first_pixel * C,
+             inner);
+}
+
+// Blocks [begin, end) of a chunk.
+static void conv_data_gradient(const ConvTrainingCall& call, int64_t begin, int64_t end,
+                               void* scratch) {
+  for (int64_t block = begin; block < end; ++block)
+    data_gradient(call, block * call.block, scratch);
 }
 
 // One tile of the weight's gradient, of pixels [begin, end) of the chunk.
@@ -304,12 +328,13 @@ MNET_INLINE void weight_gradient_tile(const float* d, const float* x, int64_t x_
     }
 }
 
-// Tasks [begin, end) of a chunk: two vectors of input channels by call.row_tiles tiles of output
-// channels each. Longer sums are added up from sums of kPixels.
-static void conv_weight_gradient(const ConvTrainingCall& call, int64_t begin, int64_t end, void*) {
+// Tasks [begin, end) of a chunk, added to what is there or not: a column of tiles, call.row_tiles
+// of them. Longer sums are added up from sums of kPixels.
+static void weight_gradient(const ConvTrainingCall& call, int64_t begin, int64_t end, bool to_add) {
   constexpr int V = kWidth<float>, R = kGradientRows;
   constexpr int64_t kPixels = 256;
-  const int64_t tiles = (call.K + R - 1) / R, groups = (tiles + call.row_tiles - 1) / call.row_tiles;
+  const int64_t tiles = (call.K + R - 1) / R;
+  const int64_t groups = (tiles + call.row_tiles - 1) / call.row_tiles;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t c = task / groups * 2 * V, first = task % groups * call.row_tiles;
     const int64_t last = first + call.row_tiles < tiles ? first + call.row_tiles : tiles;
@@ -317,25 +342,51 @@ static void conv_weight_gradient(const ConvTrainingCall& call, int64_t begin, in
     const float* x = call.x_panels + c / V * call.x_stride;
     for (int64_t p = 0; p < call.chunk_pixels; p += kPixels) {
       const int64_t p_end = p + kPixels < call.chunk_pixels ? p + kPixels : call.chunk_pixels;
-      const bool adds = p > 0 || call.chunk_first > 0;
       for (int64_t tile = first; tile < last; ++tile) {
         const float* d = call.d_panels + tile * call.d_stride;
         float* to = call.dweight + tile * R * call.C + c;
         const int64_t rows = call.K - tile * R;
+        const int lanes = static_cast<int>(width > V ? width - V : width);
         if (width > V)
-          weight_gradient_tile<2>(d, x, call.x_stride, p, p_end, adds, to, call.C, rows,
-                                  static_cast<int>(width - V));
+          weight_gradient_tile<2>(d, x, call.x_stride, p, p_end, p > 0 || to_add, to, call.C, rows,
+                                  lanes);
         else
-          weight_gradient_tile<1>(d, x, call.x_stride, p, p_end, adds, to, call.C, rows,
-                                  static_cast<int>(width));
+          weight_gradient_tile<1>(d, x, call.x_stride, p, p_end, p > 0 || to_add, to, call.C, rows,
+                                  lanes);
       }
     }
   }
 }
 
-// Bytes of scratch that a thread of conv_statistics and conv_data_gradient needs.
+static void conv_weight_gradient(const ConvTrainingCall& call, int64_t begin, int64_t end, void*) {
+  weight_gradient(call, begin, end, call.chunk_first > 0);
+}
+
+// Slabs [begin, end): both gradients of their blocks, one after the other, in the thread's caches.
+static void conv_slab_gradients(const ConvTrainingCall& call, int64_t begin, int64_t end,
+                                void* scratch) {
+  const int64_t blocks = (call.P + call.block - 1) / call.block;
+  ConvTrainingCall mine = call;
+  mine.d_panels = static_cast<float*>(scratch);
+  mine.x_panels = mine.d_panels + call.d_floats;
+  void* inner = mine.x_panels + call.x_floats;
+  for (int64_t slab = begin; slab < end; ++slab) {
+    mine.dweight = call.dweight + slab * call.K * call.C;
+    const int64_t first = slab * blocks / call.slabs, last = (slab + 1) * blocks / call.slabs;
+    for (int64_t block = first; block < last; ++block) {
+      mine.chunk_first = block * call.block;
+      const int64_t left = call.P - mine.chunk_first;
+      mine.chunk_pixels = left < call.block ? left : call.block;
+      data_gradient(mine, 0, inner);
+      weight_gradient(mine, 0, call.columns, block > first);
+    }
+  }
+}
+
+// Bytes of scratch that a thread of these needs.
 static int64_t conv_training_scratch(const ConvTrainingCall& call) {
   const int64_t wider = call.C > call.K ? call.C : call.K;
-  return ((call.block * call.K + 15) / 16 * 16 + multiply_scratch(wider)) *
+  const int64_t floats = (call.block * call.K + 15) / 16 * 16 + multiply_scratch(wider);
+  return (floats + (call.slabs > 1 ? call.d_floats + call.x_floats : 0)) *
          static_cast<int64_t>(sizeof(float));
 }

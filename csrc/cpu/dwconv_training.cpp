@@ -135,7 +135,7 @@ void backward(const Problem& p, const Backward& in, Tensor& dx, Tensor& dweight,
   call.constant = norm.constant.data();
 
   if (in.sums || in.var) {
-    const auto sums = training.sums(training.kernels.dwconv_gradient_sums, 2, false);
+    const auto sums = joined(training.sums(training.kernels.dwconv_gradient_sums, 4, false), K);
     if (in.sums) norm.write_sums(sums, dscale, dshift);
     if (in.var) norm.add_statistics(gamma, sums, static_cast<double>(p.N * p.OH * p.OW));
   }
@@ -146,7 +146,8 @@ void backward(const Problem& p, const Backward& in, Tensor& dx, Tensor& dweight,
 
 Gradients gradients(const Problem& p, const Backward& in) {
   const Layout layout = layout_of(in.x);
-  Tensor dx = in.data ? empty_4d(in.x, p.N, p.C, p.H, p.W, layout) : empty_strided(in.x, {0}, {1});
+  Tensor dx =
+      in.data ? empty_result(in.x, p.N, p.C, p.H, p.W, layout) : empty_strided(in.x, {0}, {1});
   Tensor dweight = in.sums ? empty_4d(in.x, p.K, 1, p.KH, p.KW, Layout::contiguous)
                            : empty_strided(in.x, {0}, {1});
   Tensor dscale = empty_channels(p, in.sums ? p.K : 0);
@@ -172,7 +173,7 @@ Tensor forward(const Problem& p, const Tensor& x, const Tensor& weight, const Op
     const Layout layout = layout_for(x);
     const Tensor input = dense(x, layout);
     Training<Acc> training(p, input, weight, layout);
-    const Acc* partials = training.run(training.kernels.dwconv_statistics, 3, false);
+    const Acc* partials = training.run(training.kernels.dwconv_statistics, 5, false);
     exact = merged(partials, training.blocks(), K,
                    [&](int64_t block) { return training.pixels_of(block); });
   }

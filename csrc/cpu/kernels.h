@@ -88,8 +88,8 @@ struct ConvCall {
 };
 
 // A 1x1 convolution with its norm and activation in training, float32, channels_last: z, (P, K), is
-// the product of x, (P, C), and the weight; y = activate(scale * centred + shift) with centred = z -
-// mean. Gradients as in DwconvTrainingCall.
+// the product of x, (P, C), and the weight; y = activate(scale * centred + shift) with centred = z
+// - mean. Gradients as in DwconvTrainingCall.
 struct ConvTrainingCall {
   int64_t P, C, K;  // P: pixels of the whole batch
   int64_t block;    // pixels of a task and of its partials
@@ -102,11 +102,14 @@ struct ConvTrainingCall {
   float* partials;                     // [block][value][K]
   bool stream;                         // y may bypass the caches
   // The weight's gradient goes by chunks of pixels, whose operands are packed in panels of
-  // kGradientRows output channels and of a vector of input channels, so many floats apart.
+  // kGradientRows output channels and of a vector of input channels, so many floats apart; it is
+  // tiled by columns of two vectors and rows of kGradientRows channels, of which a task takes some.
+  // Or all of backward goes by slabs of blocks, each with a gradient of the weight of its own, one
+  // behind the other in dweight.
   int64_t chunk_first, chunk_pixels;
   float *d_panels, *x_panels;
-  int64_t d_stride, x_stride;
-  int64_t row_tiles;  // of a task
+  int64_t d_stride, x_stride, d_floats, x_floats;
+  int64_t columns, row_tiles, slabs;
 };
 
 struct Kernels {
@@ -122,9 +125,10 @@ struct Kernels {
   void (*conv_channels_last)(const ConvCall&, int64_t begin, int64_t end, void* scratch);
   // Bytes of scratch that a thread of conv_channels_last needs.
   int64_t (*conv_channels_last_scratch)(const ConvCall&);
-  // Partials: a pivot, and the sums of (convolution - pivot) and of its square.
+  // Partials: a pivot, and the sums of (convolution - pivot) and of its square, each in two
+  // numbers.
   void (*dwconv_statistics)(const DwconvTrainingCall&, int64_t begin, int64_t end, void* scratch);
-  // Partials: the sums of dz * centred and of dz.
+  // Partials: the sums of dz * centred and of dz, likewise.
   void (*dwconv_gradient_sums)(const DwconvTrainingCall&, int64_t begin, int64_t end,
                                void* scratch);
   // dx. Partials: the gradient of every tap of the weight.
@@ -140,6 +144,7 @@ struct Kernels {
   void (*conv_gradient_sums)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
   void (*conv_data_gradient)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
   void (*conv_weight_gradient)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  void (*conv_slab_gradients)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
   // Bytes of scratch that a thread of these needs.
   int64_t (*conv_training_scratch)(const ConvTrainingCall&);
 };
