@@ -217,7 +217,8 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         ctx.set_materialize_grads(False)  # of mean and var
-        output = _training(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():  # past register_autograd's Python
+            output = _training(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 

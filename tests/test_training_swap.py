@@ -277,8 +277,7 @@ def test_dense_convolutions_are_native_and_the_table_says_so(calls):
     assert_alike(native, fast, batch())
     assert len(calls) == 2
     reason = (
-        "convolutions that are neither depthwise nor 1x1 (stride 1, no padding) are native in "
-        "training mode"
+        "convolutions neither depthwise nor 1x1 (stride 1, unpadded) are native in training mode"
     )
     for mode, rows in (
         (True, [("cpu", ""), ("native", reason)]),

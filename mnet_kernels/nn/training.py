@@ -86,10 +86,7 @@ def why_not_dense(conv: FusedConv2d, device: str, dtype: torch.dtype) -> str | N
         and not (isinstance(conv.padding, tuple) and any(conv.padding))
     )
     if not pointwise:
-        return (
-            "convolutions that are neither depthwise nor 1x1 (stride 1, no padding) are native in "
-            "training mode"
-        )
+        return "convolutions neither depthwise nor 1x1 (stride 1, unpadded) are native in training mode"
     if conv.fusion.backend not in (None, "cpu") or not device.startswith("cpu"):
         return "1x1 convolutions are native in training mode but on the CPU"
     if dtype != torch.float32:
@@ -121,7 +118,7 @@ def _count(norm: Any) -> float:
 
 
 def _as(t: Tensor | None, dtype: torch.dtype) -> Any:
-    return None if t is None else t.to(dtype)
+    return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
 def _seen_to_the_end(y: Tensor) -> Tensor:
