@@ -86,7 +86,8 @@ def why_not_dense(conv: FusedConv2d, device: str, dtype: torch.dtype) -> str | N
         and not (isinstance(conv.padding, tuple) and any(conv.padding))
     )
     if not pointwise:
-        return "convolutions neither depthwise nor 1x1 (stride 1, unpadded) are native in training mode"
+        kind = "convolutions neither depthwise nor 1x1 (stride 1, unpadded)"
+        return f"{kind} are native in training mode"
     if conv.fusion.backend not in (None, "cpu") or not device.startswith("cpu"):
         return "1x1 convolutions are native in training mode but on the CPU"
     if dtype != torch.float32:
