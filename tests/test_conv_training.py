@@ -48,7 +48,8 @@ def check(p: Call, wanted=NAMES) -> None:
         ((3, 64, 17, 19), 130),  # several blocks
         ((2, 100, 3, 3), 7),
         ((2, 1024, 2, 2), 36),  # rows that share cache sets
-        ((1, 8, 150, 101), 1024),  # several chunks
+        ((1, 8, 50, 101), 1024),  # several blocks of a slab
+        ((1, 96, 40, 30), 1024),  # several chunks
     ],
     ids=str,
 )

@@ -168,6 +168,21 @@ def test_strides(channels_last):
 
 
 @both_layouts
+@pytest.mark.parametrize("kernel,stride", [(3, 2), (2, 4)])  # by rows, by planes
+def test_what_no_output_reads_does_not_matter(channels_last, kernel, stride):
+    p = problem((2, 17, 8, 8), (kernel, kernel), channels_last=channels_last, stride=stride)
+    read = (p.dy.shape[2] - 1) * stride + kernel
+    assert read < 8
+    outcomes = []
+    for unread in (0.0, float("inf")):
+        p.x[:, :, read:] = p.x[:, :, :, read:] = unread
+        outcomes.append(run(p))
+    first, second = outcomes
+    assert torch.equal(first.y, second.y)
+    assert all(torch.equal(g, second.gradients[name]) for name, g in first.gradients.items())
+
+
+@both_layouts
 def test_like_batch_norm_2d(channels_last):
     """Three steps beside nn.BatchNorm2d: running statistics too."""
     conv, bn = nn.Conv2d(18, 18, 3, groups=18, bias=False), nn.BatchNorm2d(18, momentum=0.2)
