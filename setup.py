@@ -167,6 +167,7 @@ extensions = [
             "csrc/cpu/instruction_set_avx2.cpp",
             "csrc/cpu/dwconv_bn_act.cpp",
             "csrc/cpu/dwconv_training.cpp",
+            "csrc/cpu/conv_training.cpp",
             "csrc/cpu/conv_bn_act.cpp",
             "csrc/cpu/conv_sequence.cpp",
             "csrc/cpu/sequence.cpp",

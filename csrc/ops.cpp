@@ -30,6 +30,16 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
       "beta, Tensor mean, Tensor var, int[2] stride, int[4] padding, int[2] dilation, "
       "str activation, float slope, float eps, bool data, bool sums) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+  // A 1x1 convolution with the batch's own statistics, float32, channels_last: (y, z, mean, var), z
+  // the convolution itself.
+  m.def(
+      "conv_bn_act_training(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, str activation, "
+      "float slope, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  // (dx, dweight, dgamma, dbeta); data: whether to compute dx, sums: whether the other three.
+  m.def(
+      "conv_bn_act_training_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, Tensor? gamma, "
+      "Tensor? beta, Tensor mean, Tensor var, str activation, float slope, float eps, bool data, "
+      "bool sums) -> (Tensor, Tensor, Tensor, Tensor)");
   // Depthwise + affine + activation, then pointwise (pw_weight (K, C*M, 1, 1)) + affine +
   // activation, then + residual; what is between the two never reaches memory.
   m.def(

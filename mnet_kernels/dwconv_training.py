@@ -14,7 +14,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from mnet_kernels import backends, ops, reference, registration
+from mnet_kernels import backends, batch_statistics, ops, reference, registration
 from mnet_kernels.registration import IntOrInts, explicit_padding, pair
 
 _OP = "dwconv_bn_act_training"
@@ -73,7 +73,7 @@ def dwconv_bn_act_training(
     chosen = _select(backend, x)
     constants = (stride, padding, dilation, activation, slope)
     try:
-        _check_statistics(x, weight, running_mean, running_var, momentum)
+        batch_statistics.check(_OP, x, weight, running_mean, running_var, momentum)
     except RuntimeError:  # x and weight come first
         _check(_OP, x, weight, None, None, stride, padding, dilation, 0, activation, slope)
         raise
@@ -82,19 +82,15 @@ def dwconv_bn_act_training(
     if chosen == "triton":
         operator = _triton()
     else:
-        operator = _training if torch.compiler.is_compiling() else _eager(x, weight, gamma, beta)
+        eager = not torch.compiler.is_compiling() and batch_statistics.records_plainly(
+            x, weight, gamma, beta
+        )
+        operator = _Eager.apply if eager else _training
     y, mean, var = operator(x, weight, gamma, beta, *constants, eps)
-    if running_mean is not None and running_var is not None and (count := values(y)):
-        with torch.no_grad():
-            running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-            unbiased = count / (count - 1)
-            running_var.mul_(1 - momentum).add_(var, alpha=momentum * unbiased)
+    batch_statistics.update(
+        running_mean, running_var, mean, var, momentum, batch_statistics.values(y)
+    )
     return y
-
-
-def values(y: Tensor) -> int:
-    """Values a channel, of which a statistic is taken."""
-    return y.shape[0] * y.shape[2] * y.shape[3]
 
 
 def _select(backend: str | None, x: Tensor) -> str:
@@ -127,32 +123,6 @@ def _triton():
     return torch.ops.mnet_kernels.dwconv_bn_act_training_triton
 
 
-def _check_statistics(x, weight, running_mean, running_var, momentum) -> None:
-    """What the operator itself does not see."""
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise RuntimeError(f"{_OP}: {missing}: expected a Tensor beside the other one, got None")
-    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
-        if t is not None:
-            _check_channels(name, t, x, weight)
-    if not math.isfinite(momentum):
-        raise RuntimeError(f"{_OP}: momentum: expected a finite number, got {momentum}")
-
-
-def _check_channels(name: str, t: Tensor, x: Tensor, weight: Tensor) -> None:
-    """The sentences of csrc/problem.h."""
-    if t.dim() != 1 or t.shape[0] != weight.shape[0]:
-        raise RuntimeError(
-            f"{_OP}: {name}: expected shape ({weight.shape[0]},), one value an output channel, "
-            f"got shape {tuple(t.shape)}"
-        )
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if t.dtype != dtype:
-        wanted, x_dtype, actual = (str(d).removeprefix("torch.") for d in (dtype, x.dtype, t.dtype))
-        raise RuntimeError(f"{_OP}: {name}: expected {wanted} (x is {x_dtype}), got {actual}")
-    registration.same_device(_OP, x, **{name: t})
-
-
 def _native(x, weight, gamma, beta, running_mean, running_var, momentum, eps, *constants) -> Tensor:
     """Plain PyTorch behind the same checks."""
     stride, padding, dilation, activation, slope = constants
@@ -161,7 +131,7 @@ def _native(x, weight, gamma, beta, running_mean, running_var, momentum, eps, *c
     )
     for name, t in (("gamma", gamma), ("beta", beta)):
         if t is not None:
-            _check_channels(name, t, x, weight)
+            batch_statistics.check_channels(_OP, name, t, x, weight)
     if not (math.isfinite(eps) and eps >= 0):
         raise RuntimeError(f"{_OP}: eps: expected a finite number, at least 0, got {eps}")
     if x.shape[0] * out_h * out_w == 1:
@@ -177,17 +147,13 @@ def _native(x, weight, gamma, beta, running_mean, running_var, momentum, eps, *c
 
 
 # ---- torch.compile, torch.export ----
-def _per_channel(x: Tensor, count: int) -> Tensor:
-    return x.new_empty(count, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-
-
 @torch.library.register_fake(f"mnet_kernels::{_OP}")
 def _fake(x, weight, gamma, beta, stride, padding, dilation, activation, slope, eps):
     registration.same_device(_OP, x, weight=weight, gamma=gamma, beta=beta)
     pad = explicit_padding(x, weight, pair(stride), padding, pair(dilation))
     out_h, out_w = ops._output_size(x, weight, stride, pad, dilation)
     y = x.new_empty((x.shape[0], weight.shape[0], out_h, out_w))
-    mean, var = (_per_channel(x, weight.shape[0]) for _ in range(2))
+    mean, var = (batch_statistics.per_channel(x, weight.shape[0]) for _ in range(2))
     return y.to(memory_format=registration.layout_of(x)), mean, var
 
 
@@ -199,7 +165,9 @@ def _backward_fake(dy, x, weight, gamma, beta, mean, var, *constants_and_wanted)
     layout = registration.layout_of(x)
     dx = x.new_empty(x.shape).to(memory_format=layout) if data else x.new_empty(0)
     dweight = x.new_empty(weight.shape if sums else 0)
-    dgamma, dbeta = (_per_channel(x, weight.shape[0] if sums else 0) for _ in range(2))
+    dgamma, dbeta = (
+        batch_statistics.per_channel(x, weight.shape[0] if sums else 0) for _ in range(2)
+    )
     return dx, dweight, dgamma, dbeta
 
 
@@ -231,31 +199,15 @@ torch.library.register_autograd(f"mnet_kernels::{_OP}", _backward, setup_context
 
 
 class _Eager(torch.autograd.Function):
-    """The same without the dispatcher's detour through Python, which costs as much as a small
-    layer."""
-
     @staticmethod
     def forward(ctx, *inputs):
         ctx.set_materialize_grads(False)  # of mean and var
-        output = _training(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():  # past register_autograd's Python
+            output = _training(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
     backward = staticmethod(_backward)
-
-
-def _eager(*tensors: Tensor | None):
-    """How an eager call runs: as _Eager, unless there is more to do than to record gradients."""
-    x = tensors[0]
-    plain = (
-        type(x) is Tensor
-        and torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch._C._are_functorch_transforms_active()
-    )
-    if plain and any(t is not None and t.requires_grad for t in tensors):
-        return _Eager.apply
-    return _training
 
 
 # ---- autocast, vmap ----

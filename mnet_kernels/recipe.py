@@ -89,7 +89,12 @@ def nadam(model: nn.Module, learning_rate: float) -> torch.optim.NAdam:
     Keras' momentum schedule is ``beta1 * (1 - 0.5 * 0.96**step)``: a momentum_decay of 1.
     """
     return torch.optim.NAdam(
-        model.parameters(), learning_rate, betas=(0.9, 0.999), eps=1e-7, momentum_decay=1.0
+        model.parameters(),
+        learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-7,
+        momentum_decay=1.0,
+        foreach=True,  # by itself torch goes parameter by parameter on the CPU
     )
 
 

@@ -6,18 +6,18 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from batch_statistics_rulers import (
-    Training,
-    assert_forward,
-    assert_gradients,
-    convolution,
-    forward,
-    gradients,
-)
 from emulation import dwconv_training
 from emulation.emulator import EmulationError, emulator
 from rulers import Problem, problem
 from torch import Tensor
+from training_rulers import (
+    Training,
+    assert_forward,
+    assert_gradients,
+    depthwise,
+    forward,
+    gradients,
+)
 
 from mnet_kernels.reference import ACTIVATIONS
 
@@ -195,7 +195,7 @@ def test_statistics_of_a_mean_far_from_zero_are_as_good_as_natives(channels_last
     t, dy = Training(p), gradient_of_output(p)
     y, exact_mean, exact_var, _ = forward(t)
     running_mean, running_var = torch.zeros(48), torch.zeros(48)
-    conv = convolution(p, p.x, p.weight)
+    conv = depthwise(p, p.x, p.weight)
     F.batch_norm(conv, running_mean, running_var, training=True, momentum=1)
     values = conv.numel() // 48
     native = (forward(t, *p.tensors)[0], *gradients(t, dy, *p.tensors))

@@ -8,11 +8,11 @@ import itertools
 
 import pytest
 import torch
-from batch_statistics_rulers import Training, assert_forward, assert_gradients, forward, gradients
 from cuda_rulers import ANY, ON_A_GPU, SHAPES, both_layouts, every_dtype
 from rulers import Problem, problem
 from torch import Tensor, nn
 from torch.library import opcheck
+from training_rulers import Training, assert_forward, assert_gradients, forward, gradients
 
 import mnet_kernels
 from mnet_kernels.reference import ACTIVATIONS

@@ -273,10 +273,12 @@ def test_a_swapped_layer_of_ours_has_its_own_mode(calls):
 
 
 def test_dense_convolutions_are_native_and_the_table_says_so(calls):
-    native, fast = both(nn.Sequential(dw_bn(act=nn.ReLU6()), dw_bn(groups=1, kernel_size=1)))
+    native, fast = both(nn.Sequential(dw_bn(act=nn.ReLU6()), dw_bn(groups=1)))
     assert_alike(native, fast, batch())
     assert len(calls) == 2
-    reason = "convolutions that are not depthwise are native in training mode"
+    reason = (
+        "convolutions neither depthwise nor 1x1 (stride 1, unpadded) are native in training mode"
+    )
     for mode, rows in (
         (True, [("cpu", ""), ("native", reason)]),
         (False, [("cpu", ""), ("folded", "")]),
@@ -288,6 +290,50 @@ def test_dense_convolutions_are_native_and_the_table_says_so(calls):
     text = str(explanation)
     assert "2 of 2 rows run fused, 1 in training." in text
     assert f"Native in training, 1 rows: {reason}." in text
+
+
+def pointwise(**options):
+    return dw_bn(groups=1, **{"kernel_size": 1, "padding": 0, **options})
+
+
+POINTWISE = {
+    "served": ({}, torch.float32, True),
+    "with a bias": ({"bias": True}, torch.float32, True),
+    "strided": ({"stride": 2}, torch.float32, False),
+    "padded": ({"padding": 1}, torch.float32, False),
+    "float64": ({}, torch.float64, False),
+    "bfloat16": ({}, torch.bfloat16, False),
+}
+
+
+@pytest.mark.parametrize("name", POINTWISE)
+def test_1x1_convolutions_in_float32(name, monkeypatch):
+    options, dtype, served = POINTWISE[name]
+    calls, operator = [], training.conv_bn_act_training
+    monkeypatch.setattr(
+        training, "conv_bn_act_training", lambda *t, **c: calls.append(t) or operator(*t, **c)
+    )
+    model = nn.Sequential(dw_bn(act=nn.ReLU6()), *pointwise(**options), nn.ReLU(), nn.Flatten())
+    native = randomize(model).to(dtype).train()
+    fast = swap(copy.deepcopy(native)).train()
+    row = explain(fast).rows[1]
+    assert (row.training == "cpu", bool(row.why_native_training)) == (served, not served)
+    if dtype == torch.bfloat16:  # rounding decides the rest
+        fast(batch().to(dtype))
+    else:
+        tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+        assert_alike(native, fast, batch().to(dtype), tolerance=tolerance)
+    assert bool(calls) == served
+    assert all(t[0].is_contiguous(memory_format=torch.channels_last) for t in calls)
+
+
+def test_1x1_convolutions_whose_layout_is_seen_stay_native_in_others(monkeypatch):
+    monkeypatch.delattr(training, "conv_bn_act_training")
+    native = randomize(pointwise()).train()
+    fast = swap(copy.deepcopy(native)).train()
+    x = batch().float()
+    assert_alike(native, fast, x, tolerance=1e-5)
+    assert fast(x).is_contiguous()
 
 
 def test_dense_convolutions_take_their_layout_where_nobody_sees_it(calls):
@@ -493,6 +539,15 @@ def test_compile_of_a_training_step(calls):
     torch._dynamo.reset()
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     assert_alike(native, fast, batch(), lambda m, x: m(x) if m is native else compiled(x))
+
+
+def test_compile_of_a_training_step_in_float32():
+    native = randomize(nn.Sequential(dw_bn(act=nn.ReLU6()), pointwise(), nn.Flatten())).train()
+    fast = swap(copy.deepcopy(native)).train()
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    call = lambda m, x: m(x) if m is native else compiled(x)  # noqa: E731
+    assert_alike(native, fast, batch().float(), call, tolerance=1e-4)
 
 
 def test_functorch_is_native(calls):

@@ -7,9 +7,9 @@ import pytest
 import rulers
 import torch
 import torch.nn.functional as F
-from batch_statistics_rulers import Training, assert_forward, assert_gradients, forward
 from rulers import problem
 from torch.library import opcheck
+from training_rulers import Training, assert_forward, assert_gradients, forward
 
 from mnet_kernels.reference import ACTIVATIONS
 from mnet_kernels.registration import pair

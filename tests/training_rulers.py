@@ -1,24 +1,220 @@
-"""What the tests of training measure with: random problems, and float64 autograd of the reference
-as the truth, with the tolerance of rulers.py carried through the batch statistics."""
+"""What the tests of training measure with: float64 autograd of convolution, batch norm and
+activation, and one formula of tolerance, derived from the dtype's rounding.
+
+Rounding errors are followed from the convolution (as in rulers.py) through statistics, activation
+and backward. Those of different elements are independent: what adds many of them up has the root
+of the sum of their squares. Those of a channel's statistics are shared by all its elements and add
+up themselves. A result may be off by SIGMAS times what comes out. At a kink both derivatives are
+right.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import rulers
 import torch
-from rulers import KINKS, ROUNDING, SMALLEST
+import torch.nn.functional as F
+from rulers import KINKS, ROUNDING, SMALLEST, Problem
 from torch import Tensor
 
-from mnet_kernels import dwconv_bn_act_training
+from mnet_kernels import dwconv_bn_act_training, reference
 
 NAMES = ("x", "weight", "gamma", "beta")
+SIGMAS = 6
+#: The largest second derivative of the activations that are no straight lines.
+CURVATURE = {"silu": 0.5, "hardswish": 1 / 3}
+
+
+def depthwise(p: Problem, x: Tensor, weight: Tensor) -> Tensor:
+    linear = p.constants | {"activation": "identity"}
+    return Problem(x, weight, None, None, linear).run("native")
 
 
 @dataclass
-class Problem:
-    """A call of dwconv_bn_act_training with the gradient of its output."""
+class Training:
+    """A call: the problem's scale and shift are gamma and beta."""
+
+    problem: Problem
+    eps: float = 1e-5
+    #: (problem, x, weight) to the convolution.
+    convolve: Callable[[Problem, Tensor, Tensor], Tensor] = depthwise
+
+
+def _wide(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().cpu().double()
+
+
+def _activated(t: Training, z: Tensor) -> Tensor:
+    activate = reference.ACTIVATIONS[t.problem.constants.get("activation", "relu")]
+    return activate(z, t.problem.constants.get("slope", 0.01))
+
+
+def forward(t: Training, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, mean, biased var, z) of plain PyTorch on these x, weight, gamma and beta, in their
+    dtypes, by default in float64 on the CPU."""
+    x, weight, gamma, beta = tensors or map(_wide, t.problem.tensors)
+    conv = t.convolve(t.problem, x, weight)
+    var, mean = torch.var_mean(conv.detach().double(), (0, 2, 3), correction=0)
+    z = F.batch_norm(conv, None, None, gamma, beta, True, 0, t.eps)
+    return _activated(t, z), mean, var, z
+
+
+def gradients(t: Training, dy: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Of plain PyTorch for these x, weight, gamma and beta, by default in float64 on the CPU."""
+    if not tensors:
+        tensors, dy = tuple(map(_wide, t.problem.tensors)), dy.cpu().double()
+    inputs = [None if v is None else v.detach().requires_grad_() for v in tensors]
+    y = forward(t, *inputs)[0]
+    found = iter(torch.autograd.grad(y, [v for v in inputs if v is not None], dy))
+    return [None if v is None else next(found) for v in inputs]
+
+
+def _each(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1)
+
+
+def _sums(values: Tensor) -> Tensor:
+    return values.sum((0, 2, 3))
+
+
+class _Errors:
+    """The standard errors of what is computed along the way: ``_i``, independent from element to
+    element, ``_s``, shared by a channel."""
+
+    def __init__(self, t: Training) -> None:
+        self.t = t
+        p = t.problem
+        self.step = u = ROUNDING[torch.float64 if p.x.dtype == torch.float64 else torch.float32]
+        self.x, self.weight, gamma, beta = map(_wide, p.tensors)
+        self.conv = conv = t.convolve(p, self.x, self.weight)
+        self.y, self.mean, self.var, self.z = forward(t)
+        self.pixels = n = conv.numel() // conv.shape[1]
+        #: Of a sum over pixels, in steps of the sum of its terms' magnitudes.
+        self.of_sum = (4 + n**0.5 / 2) * u
+        taps = self.weight[0].numel()
+        gamma = torch.ones_like(self.mean) if gamma is None else gamma
+        beta = torch.zeros_like(self.mean) if beta is None else beta
+
+        conv_i = (taps + 2) ** 0.5 * u * t.convolve(p, self.x.abs(), self.weight.abs())
+        centred = conv - _each(self.mean)
+        self.mean_s = _sums(conv_i**2).sqrt() / n + self.of_sum * _sums(centred.abs()) / n
+        self.mean_s = self.mean_s + u * self.mean.abs()
+        self.var_s = 2 * _sums((centred * conv_i) ** 2).sqrt() / n + _sums(conv_i**2) / n
+        self.var_s = self.var_s + self.mean_s**2 + 2 * self.of_sum * self.var
+        inverse = (self.var + t.eps).rsqrt()
+        self.relative = self.var_s / (self.var + t.eps) / 2 + 4 * u  # of 1 / std
+        self.scale = _each(gamma * inverse)
+        self.hat = centred * _each(inverse)
+        self.hat_i = conv_i * _each(inverse) + 2 * u * self.hat.abs()
+        self.hat_s = _each(self.mean_s * inverse) + self.hat.abs() * _each(self.relative)
+        # z is computed as conv * scale + (beta - mean * scale).
+        weight = _each(gamma.abs())
+        self.z_i = weight * self.hat_i + 2 * u * (self.scale * conv).abs()
+        self.z_s = weight * self.hat_s + 2 * u * (self.scale.abs() * _each(self.mean.abs()))
+        self.z_s = self.z_s + 2 * u * _each(beta.abs())
+
+    def forward(self) -> dict[str, Tensor]:
+        inner = 1.5 * (self.z_i + self.z_s) + 8 * self.step * self.y.abs()  # |act'| is at most 1.5
+        return {"y": SIGMAS * inner, "mean": SIGMAS * self.mean_s, "var": SIGMAS * self.var_s}
+
+    def backward(self, dy: Tensor) -> dict[str, Tensor]:
+        p, u, n = self.t.problem, self.step, self.pixels
+        z = self.z.detach().requires_grad_()
+        (dz,) = torch.autograd.grad(_activated(self.t, z), z, dy)
+        activation = p.constants.get("activation", "relu")
+        curved, near = CURVATURE.get(activation, 0), torch.zeros_like(dy)
+        for kink in KINKS.get(activation, ()):
+            near[(self.z - kink).abs() <= SIGMAS * (self.z_i + self.z_s)] = 1
+        hat, dy = self.hat.abs(), dy.abs()
+        dz_i = curved * dy * self.z_i + (8 if curved else 2) * u * dy
+        dz_s, dz_near = curved * dy * self.z_s, 1.5 * dy * near
+        dbeta, dgamma = _sums(dz), _sums(dz * self.hat)
+        dz = dz.abs()
+
+        def of_sum(i: Tensor, s: Tensor, terms: Tensor) -> Tensor:
+            return _sums(i**2).sqrt() + _sums(s) + self.of_sum * _sums(terms)
+
+        dbeta_s, dbeta_near = of_sum(dz_i, dz_s, dz), _sums(dz_near)
+        dgamma_i, dgamma_near = dz_i * hat + dz * self.hat_i, _sums(dz_near * hat)
+        dgamma_s = of_sum(dgamma_i, dz_s * hat + dz * self.hat_s, dz * hat)
+        terms = dz + (_each(dbeta.abs()) + hat * _each(dgamma.abs())) / n
+        inner_i = dz_i + self.hat_i * _each(dgamma.abs()) / n + 4 * u * terms
+        inner_s = dz_s + (_each(dbeta_s) + hat * _each(dgamma_s)) / n
+        inner_s = inner_s + self.hat_s * _each(dgamma.abs()) / n
+        inner_near = dz_near + (_each(dbeta_near) + hat * _each(dgamma_near)) / n
+        scale, dtype = self.scale.abs(), p.x.dtype
+        dconv_i = scale * inner_i
+        if dtype not in (torch.float32, torch.float64):  # may be rounded before its sums are taken
+            dconv_i = dconv_i + ROUNDING[dtype] * scale * terms + SMALLEST[dtype]
+        dconv_s = scale * (inner_s + terms * _each(self.relative))
+
+        def reaching(x: Tensor, weight: Tensor, dconv: Tensor) -> tuple[Tensor, Tensor]:
+            inputs = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+            return torch.autograd.grad(self.t.convolve(p, *inputs), inputs, dconv)
+
+        squares = reaching(self.x**2, self.weight**2, dconv_i**2)
+        shared = reaching(self.x.abs(), self.weight.abs(), dconv_s)
+        beside = reaching(self.x.abs(), self.weight.abs(), scale * inner_near)
+        magnitudes = reaching(self.x.abs(), self.weight.abs(), scale * terms)
+        roundings = ((self.weight.numel() // self.x.shape[1] + 8) ** 0.5 * u, self.of_sum)
+        dx, dweight = (
+            SIGMAS * (i.sqrt() + s + rounding * m) + kinks
+            for i, s, m, rounding, kinks in zip(
+                squares, shared, magnitudes, roundings, beside, strict=True
+            )
+        )
+        return {
+            "x": dx,
+            "weight": dweight,
+            "gamma": SIGMAS * dgamma_s + dgamma_near,
+            "beta": SIGMAS * dbeta_s + dbeta_near,
+        }
+
+
+def _assert_within(name: str, mine: Tensor, right: Tensor, error: Tensor, dtype) -> None:
+    """error: besides the rounding of the result to its dtype."""
+    assert mine.dtype == dtype and mine.shape == right.shape, name
+    mine = mine.detach().cpu()
+    allowed = error + ROUNDING[dtype] * (right.abs() + error) + SMALLEST[dtype]
+    wrong = ~((mine.double() - right).abs() <= allowed)  # NaN is wrong
+    assert not wrong.any(), (
+        f"{name}: {int(wrong.sum())} of {wrong.numel()} elements are off, the first at "
+        f"{wrong.nonzero()[0].tolist()}: {mine[wrong][0]} instead of {right[wrong][0]}, "
+        f"allowed {allowed[wrong][0]}"
+    )
+
+
+def _statistics_dtype(p: Problem) -> torch.dtype:
+    return torch.float64 if p.x.dtype == torch.float64 else torch.float32
+
+
+def assert_forward(t: Training, y: Tensor, mean: Tensor, var: Tensor) -> None:
+    e, dtype, wide = _Errors(t), t.problem.x.dtype, _statistics_dtype(t.problem)
+    errors = e.forward()
+    _assert_within("mean", mean, e.mean, errors["mean"], wide)
+    _assert_within("var", var, e.var, errors["var"], wide)
+    _assert_within("y", y, e.y, errors["y"], dtype)
+
+
+def assert_gradients(t: Training, dy: Tensor, found) -> None:
+    """Each of `found` that is not None."""
+    errors = _Errors(t).backward(_wide(dy))
+    exact = gradients(t, dy)
+    for name, mine, right, source in zip(NAMES, found, exact, t.problem.tensors, strict=True):
+        if mine is not None and right is not None:
+            _assert_within(name, mine, right, errors[name], source.dtype)
+
+
+# ---- whole calls, with running statistics ----
+EPS, MOMENTUM = 1e-3, 0.3
+
+
+@dataclass
+class Call:
+    """A call of the public function with the gradient of its output."""
 
     x: Tensor
     weight: Tensor
@@ -33,10 +229,14 @@ class Problem:
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.x, self.weight, self.gamma, self.beta
 
-    def wide(self) -> Problem:
+    @property
+    def training(self) -> Training:
+        return Training(Problem(*self.tensors, self.constants), EPS)
+
+    def wide(self) -> Call:
         """The same in float64."""
         tensors = (*self.tensors, self.running_mean, self.running_var, self.dy)
-        return Problem(*(None if t is None else t.double() for t in tensors), self.constants)
+        return Call(*map(_wide, tensors), self.constants)
 
 
 @dataclass
@@ -49,133 +249,54 @@ class Outcome:
 
 def problem(
     shape=(2, 16, 9, 11), kernel=(3, 3), *, affine=True, mean=0.0, std=1.0, **kwargs
-) -> Problem:
+) -> Call:
     """As rulers.problem; mean and std of x."""
     p = rulers.problem(shape, kernel, affine=affine, **kwargs)
     p.x.mul_(std).add_(mean)
-    outputs, dtype = p.weight.shape[0], p.x.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    y = rulers.Problem(*p.tensors, p.constants).run("native")
-    dy = torch.randn(y.shape, dtype=torch.float64).to(dtype)
+    outputs, wide = p.weight.shape[0], _statistics_dtype(p)
+    y = p.run("native")
+    dy = torch.randn(y.shape, dtype=torch.float64).to(p.x.dtype)
     if kwargs.get("channels_last"):
         dy = dy.to(memory_format=torch.channels_last)
     running = torch.randn(outputs, dtype=wide), torch.rand(outputs, dtype=wide) + 0.5
-    return Problem(*p.tensors, *running, dy, p.constants)
+    return Call(*p.tensors, *running, dy, p.constants)
 
 
-def run(p: Problem, backend: str | None = None, wanted=NAMES) -> Outcome:
+def run(p: Call, backend: str | None = None, wanted=NAMES, operator=None) -> Outcome:
+    """operator: instead of dwconv_bn_act_training on that backend."""
+    if operator is None:
+        constants = {"backend": backend or rulers.BACKEND, **p.constants}
+        operator = dwconv_bn_act_training
+    else:
+        constants = p.constants
     leaves = {
         name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_(name in wanted)
         for name, t in zip(NAMES, p.tensors, strict=True)
         if t is not None
     }
     running = p.running_mean.clone(), p.running_var.clone()
-    y = dwconv_bn_act_training(
-        *(leaves.get(name) for name in NAMES), *running, momentum=0.3, eps=1e-3, **p.constants,
-        backend=backend or rulers.BACKEND,
-    )  # fmt: skip
+    y = operator(
+        *(leaves.get(name) for name in NAMES), *running, momentum=MOMENTUM, eps=EPS, **constants
+    )
     given = [name for name in NAMES if name in leaves and name in wanted]
     found = torch.autograd.grad(y, [leaves[name] for name in given], p.dy)
     return Outcome(y.detach(), *running, dict(zip(given, found, strict=True)))
 
 
-def errors_allowed(p: Problem, exact: Outcome) -> dict[str, Tensor]:
-    """Absolute bounds, element by element, for y, the running statistics and the gradients.
-
-    The convolution has one rounding a tap of its magnitude, which its statistics and all that
-    follows inherit; a sum over pixels adds one rounding for every two-level step, bounded by
-    twice the root of its length. At a kink both derivatives are right. Results are rounded once.
-    """
-    step = ROUNDING[torch.float64 if p.x.dtype == torch.float64 else torch.float32]
-    w = p.wide()
-    constants = {k: v for k, v in p.constants.items() if k not in ("activation", "slope")}
-    activation = p.constants.get("activation", "relu")
-
-    def conv_of(x, weight):
-        linear = constants | {"activation": "identity"}
-        return rulers.Problem(x, weight, None, None, linear).run("native")
-
-    def pixels(t):
-        return t.sum((0, 2, 3), keepdim=True)
-
-    conv = conv_of(w.x, w.weight)
-    taps = w.weight[0].numel()
-    count = conv.numel() // conv.shape[1]
-    sum_step = step * (16 + 2 * count**0.5)
-    conv_error = (taps + 2) * step * conv_of(w.x.abs(), w.weight.abs())
-    mean = pixels(conv) / count
-    centred = conv - mean
-    var = pixels(centred**2) / count
-    inverse = (var + 1e-3) ** -0.5
-    one = torch.ones(conv.shape[1], dtype=torch.float64)
-    gamma = (one if w.gamma is None else w.gamma).view(1, -1, 1, 1)
-    beta = (one * 0 if w.beta is None else w.beta).view(1, -1, 1, 1)
-
-    mean_error = pixels(conv_error) / count + sum_step * pixels(centred.abs()) / count
-    mean_error = mean_error + step * mean.abs()
-    centred_error = conv_error + mean_error + step * conv.abs()
-    var_error = pixels(2 * centred.abs() * centred_error + centred_error**2) / count
-    var_error = var_error + sum_step * var
-    hat = centred * inverse
-    relative = 0.5 * inverse**2 * var_error + 4 * step  # of inverse
-    hat_error = centred_error * inverse + hat.abs() * relative
-    z = hat * gamma + beta
-    # z is computed as conv * scale + (beta - mean * scale).
-    z_error = hat_error * gamma.abs()
-    z_error = z_error + 8 * step * (
-        (conv.abs() + mean.abs()) * (inverse * gamma).abs() + beta.abs()
-    )
-
-    slope = 1.5
-    bounds = {"y": slope * z_error + 8 * step * exact.y.abs()}
-    bounds["running_mean"] = (mean_error + step * (mean.abs() + 4)).flatten()
-    unbiased = count / (count - 1)
-    bounds["running_var"] = ((var_error + step * (var + 4)) * unbiased).flatten()
-
-    near = torch.zeros_like(z, dtype=torch.bool)
-    for kink in KINKS.get(activation, ()):
-        near |= (z - kink).abs() <= z_error
-    dz = w.dy.abs() * slope
-    dz_error = dz * (z_error + 16 * step + near)
-    dbeta_error = pixels(dz_error) + sum_step * pixels(dz)
-    dgamma_error = pixels(dz_error * hat.abs() + dz * hat_error) + sum_step * pixels(dz * hat.abs())
-    scale = (gamma * inverse).abs()
-    inner = dz + pixels(dz) / count + hat.abs() * pixels(dz * hat.abs()) / count
-    inner_error = (
-        dz_error
-        + dbeta_error / count
-        + (hat.abs() * dgamma_error + hat_error * pixels(dz * hat.abs())) / count
-    )
-    dconv = scale * inner
-    dconv_error = scale * inner_error + dconv * (relative + 8 * step)
-    dconv_error = dconv_error + ROUNDING[p.x.dtype] * dconv + SMALLEST[p.x.dtype]
-    leaves = [w.x.abs().requires_grad_(), w.weight.abs().requires_grad_()]
-    magnitudes = conv_of(*leaves)
-    multiplier = w.weight.shape[0] // w.x.shape[1]
-    x_source = dconv_error + (taps * multiplier + 8) * step * dconv
-    weight_source = dconv_error + sum_step * dconv
-    (bounds["x"],) = torch.autograd.grad(magnitudes, leaves[:1], x_source, retain_graph=True)
-    (bounds["weight"],) = torch.autograd.grad(magnitudes, leaves[1:], weight_source)
-    bounds["gamma"], bounds["beta"] = dgamma_error.flatten(), dbeta_error.flatten()
-    return bounds
-
-
-def assert_correct(p: Problem, ours: Outcome) -> None:
-    exact = run(p.wide(), "native", tuple(ours.gradients))
-    bounds = errors_allowed(p, exact)
-    rows = [("y", ours.y, exact.y, p.x.dtype)]
-    rows += [
-        (name, getattr(ours, name), getattr(exact, name), p.running_mean.dtype)
-        for name in ("running_mean", "running_var")
-    ]
-    types = {name: t.dtype for name, t in zip(NAMES, p.tensors, strict=True) if t is not None}
-    rows += [(name, g, exact.gradients[name], types[name]) for name, g in ours.gradients.items()]
-    for name, mine, right, dtype in rows:
-        assert mine.dtype == dtype and mine.shape == right.shape, name
-        allowed = bounds[name] + ROUNDING[dtype] * (right.abs() + bounds[name]) + SMALLEST[dtype]
-        wrong = ~((mine.double() - right).abs() <= allowed)  # NaN is wrong
-        assert not wrong.any(), (
-            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements are off, the first at "
-            f"{wrong.nonzero()[0].tolist()}: {mine[wrong][0]} instead of {right[wrong][0]}, "
-            f"allowed {allowed[wrong][0]}"
-        )
+def assert_correct(p: Call, ours: Outcome, training: Training | None = None) -> None:
+    training = training or p.training
+    e, dtype = _Errors(training), p.x.dtype
+    errors = e.forward()
+    _assert_within("y", ours.y, e.y, errors["y"], dtype)
+    unbiased = e.pixels / (e.pixels - 1)
+    for name, batch, error in (
+        ("running_mean", e.mean, errors["mean"]),
+        ("running_var", e.var * unbiased, errors["var"] * unbiased),
+    ):
+        before = getattr(p, name)
+        right = (1 - MOMENTUM) * before.double() + MOMENTUM * batch
+        terms = before.double().abs() + batch.abs()
+        error = MOMENTUM * error + 4 * e.step * terms
+        _assert_within(name, getattr(ours, name), right, error, before.dtype)
+    found = [ours.gradients.get(name) for name in NAMES]
+    assert_gradients(training, p.dy, found)

@@ -63,7 +63,7 @@ Tensor dwconv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> scale,
       {std::move(stride), std::move(padding), std::move(dilation), std::move(activation), slope});
   const Layout layout = layout_of(x);
   const Tensor input = dense(x, layout);
-  Tensor y = empty_4d(x, p.N, p.K, p.OH, p.OW, layout);
+  Tensor y = empty_result(x, p.N, p.K, p.OH, p.OW, layout);
   if (p.N == 0) return y;
 
   const bool one_pixel = is_one_pixel(input) && is_one_pixel(y) && is_channels_last(input);

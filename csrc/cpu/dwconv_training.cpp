@@ -10,6 +10,7 @@
 
 #include "../tensor.h"
 #include "active.h"
+#include "batch_statistics.h"
 #include "constants.h"
 #include "dwconv_bn_act.h"
 #include "kernels.h"
@@ -22,21 +23,6 @@ namespace {
 using Optional = std::optional<Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Kernel = void (*)(const DwconvTrainingCall&, int64_t, int64_t, void*);
-
-Tensor empty_channels(const Problem& p, int64_t count) {
-  const int64_t stride = 1;
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      1, &count, &stride,
-      p.dtype == DType::float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-template <typename Acc>
-Acc* values(Tensor& t) {
-  return static_cast<Acc*>(t.mutable_data_ptr());
-}
 
 // A call whose tensors are dense and whose constants are set, and the instruction set for it.
 template <typename Acc>
@@ -95,34 +81,9 @@ struct Training {
   // [value][K], added over blocks.
   std::vector<double> sums(Kernel kernel, int64_t values, bool gradients) {
     const Acc* partials = run(kernel, values, gradients);
-    std::vector<double> total(static_cast<std::size_t>(values * p.K));
-    for (int64_t block = 0; block < blocks(); ++block)
-      for (std::size_t i = 0; i < total.size(); ++i) total[i] += *partials++;
-    return total;
+    return added_up(partials, blocks(), values * p.K);
   }
 };
-
-// The batch's mean and biased variance: those of the blocks, merged (Chan, Golub, LeVeque 1983).
-template <typename Acc>
-void statistics(Training<Acc>& training, std::vector<double>& mean, std::vector<double>& var) {
-  const auto K = static_cast<std::size_t>(training.p.K);
-  const Acc* pivot = training.run(training.kernels.dwconv_statistics, 3, false);
-  mean.assign(K, 0), var.assign(K, 0);
-  double before = 0;
-  for (int64_t block = 0; block < training.blocks(); ++block, pivot += 3 * K) {
-    const Acc *first = pivot + K, *second = first + K;
-    const auto count = static_cast<double>(training.pixels_of(block));
-    const double after = before + count, share = count / after, weight = before * share;
-    for (std::size_t k = 0; k < K; ++k) {
-      const double offset = first[k] / count;
-      const double away = pivot[k] + offset - mean[k];
-      mean[k] += away * share;
-      var[k] += second[k] - first[k] * offset + away * away * weight;
-    }
-    before = after;
-  }
-  for (double& sum : var) sum = std::max(sum, 0.0) / before;
-}
 
 template <typename Acc>
 void write_dweight(const Problem& p, const std::vector<double>& sums, void* to) {
@@ -164,33 +125,19 @@ void backward(const Problem& p, const Backward& in, Tensor& dx, Tensor& dweight,
   std::vector<Acc> scale_memory, shift_memory, mean_memory, var_memory;
   const Acc* gamma = per_channel<Acc>(in.scale, p.K, Acc(1), scale_memory);
   const Acc* var = per_channel<Acc>(in.var, p.K, Acc(1), var_memory);
-  std::vector<Acc> scale(gamma, gamma + K), linear(K), constant(K);
-  std::vector<double> inverse(K, 1.0);  // 1 / the standard deviation
-  if (in.var)
-    for (std::size_t k = 0; k < K; ++k) {
-      inverse[k] = 1 / std::sqrt(static_cast<double>(var[k]) + in.eps);
-      scale[k] = static_cast<Acc>(gamma[k] * inverse[k]);
-    }
+  NormBackward<Acc> norm(gamma, in.var ? var : nullptr, in.eps, K);
   DwconvTrainingCall& call = training.call;
   call.dy = dy.const_data_ptr();
-  call.scale = scale.data();
+  call.scale = norm.scale.data();
   call.shift = per_channel<Acc>(in.shift, p.K, Acc(0), shift_memory);
   call.mean = per_channel<Acc>(in.mean, p.K, Acc(0), mean_memory);
-  call.linear = linear.data();
-  call.constant = constant.data();
+  call.linear = norm.linear.data();
+  call.constant = norm.constant.data();
 
   if (in.sums || in.var) {
-    const auto sums = training.sums(training.kernels.dwconv_gradient_sums, 2, false);
-    const auto count = static_cast<double>(p.N * p.OH * p.OW);
-    for (std::size_t k = 0; k < K; ++k) {
-      const double along = sums[k] * inverse[k], all = sums[K + k];  // sum of dz * x^, of dz
-      if (in.sums) values<Acc>(dscale)[k] = static_cast<Acc>(along);
-      if (in.sums) values<Acc>(dshift)[k] = static_cast<Acc>(all);
-      if (!in.var) continue;
-      const double factor = gamma[k] * inverse[k] / count;
-      linear[k] = static_cast<Acc>(-factor * inverse[k] * along);
-      constant[k] = static_cast<Acc>(-factor * all);
-    }
+    const auto sums = joined(training.sums(training.kernels.dwconv_gradient_sums, 4, false), K);
+    if (in.sums) norm.write_sums(sums, dscale, dshift);
+    if (in.var) norm.add_statistics(gamma, sums, static_cast<double>(p.N * p.OH * p.OW));
   }
   if (in.data) call.dx = dx.mutable_data_ptr();
   const auto sums = training.sums(training.kernels.dwconv_gradients, p.KH * p.KW, true);
@@ -199,7 +146,8 @@ void backward(const Problem& p, const Backward& in, Tensor& dx, Tensor& dweight,
 
 Gradients gradients(const Problem& p, const Backward& in) {
   const Layout layout = layout_of(in.x);
-  Tensor dx = in.data ? empty_4d(in.x, p.N, p.C, p.H, p.W, layout) : empty_strided(in.x, {0}, {1});
+  Tensor dx =
+      in.data ? empty_result(in.x, p.N, p.C, p.H, p.W, layout) : empty_strided(in.x, {0}, {1});
   Tensor dweight = in.sums ? empty_4d(in.x, p.K, 1, p.KH, p.KW, Layout::contiguous)
                            : empty_strided(in.x, {0}, {1});
   Tensor dscale = empty_channels(p, in.sums ? p.K : 0);
@@ -220,23 +168,25 @@ Tensor forward(const Problem& p, const Tensor& x, const Tensor& weight, const Op
                const Optional& beta, const Conv2dArguments& args, double eps, Tensor& mean,
                Tensor& var) {
   const auto K = static_cast<std::size_t>(p.K);
-  std::vector<double> exact_mean(K), exact_var(K);
+  Statistics exact{std::vector<double>(K), std::vector<double>(K)};
   if (p.N > 0) {
     const Layout layout = layout_for(x);
     const Tensor input = dense(x, layout);
     Training<Acc> training(p, input, weight, layout);
-    statistics(training, exact_mean, exact_var);
+    const Acc* partials = training.run(training.kernels.dwconv_statistics, 5, false);
+    exact = merged(partials, training.blocks(), K,
+                   [&](int64_t block) { return training.pixels_of(block); });
   }
   Tensor scale = empty_channels(p, p.K), shift = empty_channels(p, p.K);
   std::vector<Acc> gamma_memory, beta_memory;
   const Acc* factor = per_channel<Acc>(gamma, p.K, Acc(1), gamma_memory);
   const Acc* offset = per_channel<Acc>(beta, p.K, Acc(0), beta_memory);
   for (std::size_t k = 0; k < K; ++k) {
-    const double slope = factor[k] / std::sqrt(exact_var[k] + eps);
-    values<Acc>(mean)[k] = static_cast<Acc>(exact_mean[k]);
-    values<Acc>(var)[k] = static_cast<Acc>(exact_var[k]);
+    const double slope = factor[k] / std::sqrt(exact.var[k] + eps);
+    values<Acc>(mean)[k] = static_cast<Acc>(exact.mean[k]);
+    values<Acc>(var)[k] = static_cast<Acc>(exact.var[k]);
     values<Acc>(scale)[k] = static_cast<Acc>(slope);
-    values<Acc>(shift)[k] = static_cast<Acc>(offset[k] - exact_mean[k] * slope);
+    values<Acc>(shift)[k] = static_cast<Acc>(offset[k] - exact.mean[k] * slope);
   }
   return dwconv_bn_act(x, weight, scale, shift, args.stride, args.padding, args.dilation,
                        args.activation, args.slope);

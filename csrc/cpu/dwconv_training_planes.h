@@ -53,7 +53,7 @@ struct PlaneScratch {
     plane = call.H * call.W > call.OH * call.OW ? call.H * call.W : call.OH * call.OW;
     const int64_t phases = call.SH * call.SW;
     accumulators = 2 * phases * staging.phase + staging.phase + staging.flat + d +
-                   call.multiplier * (2 * taps + 3) + taps + call.W + 64;
+                   call.multiplier * (2 * taps + 5) + taps + call.W + 64;
     bytes = accumulators * accumulator + 2 * taps * static_cast<int64_t>(sizeof(void*)) +
             plane * element + 64;
   }
@@ -97,7 +97,7 @@ struct TrainingPlane {
     d = take(size.d) + size.lead;
     weights = take(call.multiplier * size.taps);
     dweight = take(call.multiplier * size.taps);
-    sums = take(3 * call.multiplier);
+    sums = take(5 * call.multiplier);
     chosen = take(size.taps);
     line = take(call.W + 64);
     plane = reinterpret_cast<Elem*>(next);
@@ -176,9 +176,16 @@ struct TrainingPlane {
       }
   }
 
+  // Lanes to a sum in two numbers.
+  static void add(Acc* to, Vec lanes) {
+    Sum<Acc> sum{to[0], to[1]};
+    sum.add(sum_of_lanes<Acc>(lanes));
+    to[0] = sum.value, to[1] = sum.lost;
+  }
+
   void statistics(int64_t block, int64_t c) {
     each_plane(block, c, [&](int64_t m, bool opens) {
-      Acc* mine = sums + 3 * m;
+      Acc* mine = sums + 5 * m;
       if (opens) {
         Vec total = {};
         each_vector([&](int64_t o, int64_t, int lanes) {
@@ -192,10 +199,10 @@ struct TrainingPlane {
         first += away;
         second += away * away;
       });
-      mine[1] += sum_of_lanes<Acc>(first);
-      mine[2] += sum_of_lanes<Acc>(second);
+      add(mine + 1, first);
+      add(mine + 3, second);
     });
-    put(block, c, 3, sums);
+    put(block, c, 5, sums);
   }
 
   // body(o, lanes, dz, convolution less the mean) of output channel k.
@@ -224,10 +231,10 @@ struct TrainingPlane {
         first += dz * first_lanes<Acc>(centred, lanes);
         second += dz;
       });
-      sums[2 * m] += sum_of_lanes<Acc>(first);
-      sums[2 * m + 1] += sum_of_lanes<Acc>(second);
+      add(sums + 4 * m, first);
+      add(sums + 4 * m + 2, second);
     });
-    put(block, c, 2, sums);
+    put(block, c, 4, sums);
   }
 
   void gradients(int64_t block, int64_t c) {

@@ -7,171 +7,19 @@
 // and written row after row, no tile of columns has a border, and all operands come from the
 // second-level cache. Included once per instruction set (see instruction_set.inc).
 
-// Scratch of a thread, in floats. A pixel takes an odd number of cache lines, so that pixels one
-// below the other do not share a cache set.
-struct TrainingScratch {
-  static constexpr int kOverhang = 7;  // columns that the last tile of a row may reach past it
-  int64_t pitch;                       // a pixel
-  int64_t x_columns, d_columns;        // a row of x, of the gradient of the convolution
-  int64_t dy_columns, dx_columns;
-  int64_t vectors;  // per-channel vectors
-  int64_t floats;
-
-  TrainingScratch(const DwconvTrainingCall& call, int64_t channels)
-      : pitch(((channels + 15) / 16 | 1) * 16),
-        x_columns((call.OW - 1) * call.SW > call.left + call.W ? (call.OW - 1) * call.SW
-                                                               : call.left + call.W),
-        d_columns(call.OW > (call.left + call.W) / call.SW ? call.OW
-                                                           : (call.left + call.W) / call.SW),
-        vectors(2 * call.KH * call.KW + 5 + 5) {
-    x_columns += call.SW * kOverhang + call.KW;
-    d_columns += kOverhang + 2 * call.KW;
-    dy_columns = call.OW + kOverhang, dx_columns = call.W + call.SW * kOverhang + 1;
-    const int64_t wider = x_columns > d_columns ? x_columns : d_columns;
-    floats =
-        pitch * (vectors + wider + dy_columns + dx_columns + call.KH * (x_columns + d_columns));
-  }
-};
-
 template <typename Elem, int K, int S>
-struct TrainingRows {
+struct TrainingRows : StagedRows<Elem, K, S> {
+  using Staged = StagedRows<Elem, K, S>;
   static constexpr int V = kWidth<float>;
   using Vec = Vector<float>;
   static constexpr int kWide = kRegisters >= 32 ? 7 : 4, kNarrow = kRegisters >= 32 ? 4 : 2;
 
-  const DwconvTrainingCall& call;
-  const TrainingScratch size;
-  const int64_t c_begin, channels;
-  int64_t pitch;
-  float *weight, *scale, *shift, *mean, *linear, *constant;
-  float *pivot, *first, *second;  // of the block
-  float* dweight;
-  float *zeros, *dy_row, *dx_line, *x_rows, *d_rows;
-  int64_t n = 0, staged = 0;  // x's rows [.., staged) of image n have been staged
-  int64_t reach_h, reach_w;   // input rows and columns that an output reads
-
-  TrainingRows(const DwconvTrainingCall& c, int64_t begin, int64_t end, bool d, void* scratch)
-      : call(c), size(c, end - begin), c_begin(begin), channels(end - begin), pitch(size.pitch) {
-    auto* next = static_cast<float*>(scratch);
-    // The rows of d come last.
-    const int64_t used = size.floats - (d ? 0 : K * size.d_columns * pitch);
-    for (int64_t i = 0; i < used; ++i) next[i] = 0;
-    auto take = [&](int64_t vectors) {
-      float* at = next;
-      next += vectors * pitch;
-      return at;
-    };
-    auto copied = [&](const void* from, float* to) {
-      if (from != nullptr)
-        __builtin_memcpy(to, static_cast<const float*>(from) + c_begin,
-                         static_cast<std::size_t>(channels) * sizeof(float));
-      return to;
-    };
-    weight = take(K * K);
-    for (int tap = 0; tap < K * K; ++tap)
-      copied(static_cast<const float*>(call.weight) + tap * call.K, weight + tap * pitch);
-    scale = copied(call.scale, take(1));
-    shift = copied(call.shift, take(1));
-    mean = copied(call.mean, take(1));
-    linear = copied(call.linear, take(1));
-    constant = copied(call.constant, take(1));
-    pivot = take(1), first = take(1), second = take(1);
-    dweight = take(K * K);
-    zeros = take(size.x_columns > size.d_columns ? size.x_columns : size.d_columns);
-    dy_row = take(size.dy_columns);
-    dx_line = take(size.dx_columns);
-    x_rows = take(K * size.x_columns);
-    d_rows = take(K * size.d_columns);
-    reach_h = (call.OH - 1) * S + K - call.top, reach_w = (call.OW - 1) * S + K - call.left;
-    reach_h = reach_h < call.H ? reach_h : call.H;
-    reach_w = reach_w < call.W ? reach_w : call.W;
-  }
-
-  // ---- rows in and out -------------------------------------------------------------------------
-  // The first `count` pixels of row `row` of a tensor of `rows` x `columns` pixels.
-  void load_row(const void* tensor, int64_t rows, int64_t columns, int64_t row, int64_t count,
-                float* to) const {
-    const auto* base = static_cast<const Elem*>(tensor);
-    if (!call.channels_last) return load_planes(base, rows, columns, row, count, to);
-    const Elem* from = base + (n * rows + row) * columns * call.K + c_begin;
-    for (int64_t i = 0; i < count; ++i, from += call.K, to += pitch) {
-      int64_t v = 0;
-      for (; v + V <= channels; v += V) store(to + v, load(from + v));
-      if (v < channels) store(to + v, load_first(from + v, static_cast<int>(channels - v)));
-    }
-  }
-
-  void load_planes(const Elem* base, int64_t rows, int64_t columns, int64_t row, int64_t count,
-                   float* to) const {
-    const int64_t plane = rows * columns;
-    for (int64_t v = 0; v < channels; v += V) {
-      const Elem* from = base + (n * call.K + c_begin + v) * plane + row * columns;
-      const int64_t planes = channels - v < V ? channels - v : V;
-      for (int64_t i = 0; i < count; i += V) {
-        const int part = static_cast<int>(count - i < V ? count - i : V);
-        Vec block[V] = {};
-        for (int64_t c = 0; c < planes; ++c)
-          block[c] =
-              part == V ? load(from + c * plane + i) : load_first(from + c * plane + i, part);
-        transpose(block);
-        for (int j = 0; j < part; ++j) store(to + (i + j) * pitch + v, block[j]);
-      }
-    }
-  }
-
-  // dx's row ih.
-  void store_row(int64_t ih, const float* from) const {
-    auto* base = static_cast<Elem*>(call.dx);
-    if (!call.channels_last) return store_planes(base, ih, from);
-    Elem* to = base + (n * call.H + ih) * call.W * call.C + c_begin;
-    for (int64_t i = 0; i < call.W; ++i, to += call.C, from += pitch) {
-      int64_t v = 0;
-      for (; v + V <= channels; v += V) store(to + v, load(from + v));
-      if (v < channels) store_first(to + v, load(from + v), static_cast<int>(channels - v));
-    }
-  }
-
-  void store_planes(Elem* base, int64_t ih, const float* from) const {
-    const int64_t plane = call.H * call.W;
-    for (int64_t v = 0; v < channels; v += V) {
-      Elem* to = base + (n * call.K + c_begin + v) * plane + ih * call.W;
-      const int64_t planes = channels - v < V ? channels - v : V;
-      for (int64_t i = 0; i < call.W; i += V) {
-        const int part = static_cast<int>(call.W - i < V ? call.W - i : V);
-        Vec block[V];
-        for (int j = 0; j < V; ++j) block[j] = j < part ? load(from + (i + j) * pitch + v) : Vec{};
-        transpose(block);
-        for (int64_t c = 0; c < planes; ++c) {
-          if (part == V)
-            store(to + c * plane + i, block[c]);
-          else
-            store_first(to + c * plane + i, block[c], part);
-        }
-      }
-    }
-  }
-
-  const float* x_row(int64_t ih) const {
-    return ih >= 0 && ih < reach_h ? x_rows + ih % K * size.x_columns * pitch : zeros;
-  }
-
-  void stage(int64_t begin, int64_t end) {
-    if (staged < begin) staged = begin;
-    if (end > reach_h) end = reach_h;
-    for (; staged < end; ++staged)
-      load_row(call.x, call.H, call.W, staged, reach_w,
-               x_rows + (staged % K * size.x_columns + call.left) * pitch);
-  }
-
-  // A slice of a later row, into the second-level cache, while there is something to compute.
-  void foresee(const void* tensor, int64_t pixel, int64_t pixels, int64_t v) const {
-    if (!call.prefetch || !call.channels_last) return;
-    constexpr auto kSize = static_cast<int64_t>(sizeof(Elem));
-    const int64_t end = v + V < channels ? v + V : channels;
-    const int64_t first = pixels * v / channels, last = pixels * end / channels;
-    prefetch(static_cast<const Elem*>(tensor) + (pixel + first) * call.K + c_begin,
-             (last - first) * call.K * kSize);
-  }
+  using Staged::call, Staged::size, Staged::c_begin, Staged::channels, Staged::pitch, Staged::n;
+  using Staged::constant, Staged::pivot, Staged::sums, Staged::dweight, Staged::zeros;
+  using Staged::dy_row, Staged::dx_line, Staged::d_rows, Staged::staged, Staged::x_row;
+  using Staged::stage, Staged::foresee, Staged::load_row, Staged::store_row;
+  using Staged::Staged;
+  using Staged::weight, Staged::scale, Staged::shift, Staged::mean, Staged::linear;
 
   // ---- convolution ---------------------------------------------------------------------------
   // Output row oh: finish(v, ow, sum, full) for every tile of T columns of a vector of channels.
@@ -219,22 +67,38 @@ struct TrainingRows {
   }
 
   struct Pair {
-    Vec first, second;
+    Sum<Vec> first, second;
   };
+  float* sum_of(int i, int64_t v) const { return sums + i * pitch + v; }
+  inline __attribute__((always_inline)) Pair load_sums(int64_t v) const {
+    return {{load(sum_of(0, v)), load(sum_of(1, v))}, {load(sum_of(2, v)), load(sum_of(3, v))}};
+  }
   auto begin_sums() const {
-    return [](int64_t) __attribute__((always_inline)) { return Pair{}; };
+    return [this](int64_t v) __attribute__((always_inline)) { return load_sums(v); };
   }
   auto begin_gradient(int64_t oh) const {
     return [this, oh](int64_t v) __attribute__((always_inline)) {
       foresee(call.dy, (n * call.OH + oh + 1) * call.OW, call.OW, v);
-      return Pair{};
+      return load_sums(v);
     };
   }
   auto end_sums() const {
-    return [this](const Pair& sums, int64_t v) __attribute__((always_inline)) {
-      store(first + v, load(first + v) + sums.first);
-      store(second + v, load(second + v) + sums.second);
+    return [this](const Pair& pair, int64_t v) __attribute__((always_inline)) {
+      store(sum_of(0, v), pair.first.value), store(sum_of(1, v), pair.first.lost);
+      store(sum_of(2, v), pair.second.value), store(sum_of(3, v), pair.second.lost);
     };
+  }
+  // The sum of a tile, neighbours first.
+  template <int T>
+  static inline __attribute__((always_inline)) Vec tile_sum(const Vec* tile) {
+    Vec sum[T];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) sum[t] = tile[t];
+#pragma GCC unroll 4
+    for (int step = 1; step < T; step *= 2)
+#pragma GCC unroll 16
+      for (int t = 0; t + step < T; t += 2 * step) sum[t] += sum[t + step];
+    return sum[0];
   }
 
   // ---- statistics ------------------------------------------------------------------------------
@@ -243,7 +107,7 @@ struct TrainingRows {
       constexpr int T = decltype(columns)::value;
       convolve<T>(
           oh, begin_sums(),
-          [&](Pair& sums, int64_t v, int64_t ow, Vec* conv, auto full)
+          [&](Pair& pair, int64_t v, int64_t ow, Vec* conv, auto full)
               __attribute__((always_inline)) {
                 const int count = decltype(full)::value ? T : static_cast<int>(call.OW - ow);
                 if (opens_block && ow == 0) {  // the mean of the first tile
@@ -254,13 +118,14 @@ struct TrainingRows {
                   store(pivot + v, total / static_cast<float>(count));
                 }
                 const Vec from = load(pivot + v);
+                Vec away[T], squares[T];
 #pragma GCC unroll 16
-                for (int t = 0; t < T; ++t)
-                  if (t < count) {
-                    const Vec d = conv[t] - from;
-                    sums.first += d;
-                    sums.second += d * d;
-                  }
+                for (int t = 0; t < T; ++t) {
+                  away[t] = t < count ? conv[t] - from : Vec{};
+                  squares[t] = away[t] * away[t];
+                }
+                pair.first.add(tile_sum<T>(away));
+                pair.second.add(tile_sum<T>(squares));
               },
           end_sums());
     });
@@ -301,14 +166,13 @@ struct TrainingRows {
       constexpr int T = decltype(columns)::value;
       convolve<T>(
           oh, begin_gradient(oh),
-          [&](Pair& sums, int64_t v, int64_t ow, Vec* conv, auto) __attribute__((always_inline)) {
+          [&](Pair& pair, int64_t v, int64_t ow, Vec* conv, auto) __attribute__((always_inline)) {
             Vec dz[T];
             gradient_tile<T>(bounds, v, ow, conv, dz);
+            pair.second.add(tile_sum<T>(dz));
 #pragma GCC unroll 16
-            for (int t = 0; t < T; ++t) {
-              sums.first += dz[t] * conv[t];
-              sums.second += dz[t];
-            }
+            for (int t = 0; t < T; ++t) dz[t] *= conv[t];
+            pair.first.add(tile_sum<T>(dz));
           },
           end_sums());
     });
@@ -322,8 +186,12 @@ struct TrainingRows {
     tiled(call.OW, [&](auto columns) __attribute__((always_inline)) {
       constexpr int T = decltype(columns)::value;
       convolve<T>(
-          oh, begin_gradient(oh),
-          [&](Pair&, int64_t v, int64_t ow, Vec* conv, auto full) __attribute__((always_inline)) {
+          oh,
+          [this, oh](int64_t v) __attribute__((always_inline)) {
+            foresee(call.dy, (n * call.OH + oh + 1) * call.OW, call.OW, v);
+            return 0;
+          },
+          [&](int, int64_t v, int64_t ow, Vec* conv, auto full) __attribute__((always_inline)) {
             const int count = decltype(full)::value ? T : static_cast<int>(call.OW - ow);
             Vec dz[T];
             gradient_tile<T>(bounds, v, ow, conv, dz);
@@ -332,7 +200,7 @@ struct TrainingRows {
             for (int t = 0; t < T; ++t)
               if (t < count) store(to + (ow + t) * pitch + v, dz[t] * factor + (conv[t] * b + c));
           },
-          [](const Pair&, int64_t) {});
+          [](int, int64_t) {});
     });
   }
 
@@ -395,9 +263,8 @@ struct TrainingRows {
     if (call.dx != nullptr) store_row(ih, dx_line + call.left % S * pitch);
   }
 
-  // ---- blocks
-  // ------------------------------------------------------------------------------------ row(i,
-  // opens) for every output row (or input row) of a block, image by image.
+  // ---- blocks ----------------------------------------------------------------------------------
+  // row(i, opens) for every output row (or input row) of a block, image by image.
   template <typename Row>
   inline __attribute__((always_inline)) void each_row(int64_t block, int64_t rows, const Row& row) {
     const int64_t band = block % call.bands, image = block / call.bands * call.images;
@@ -419,14 +286,18 @@ struct TrainingRows {
     for (int64_t i = 0; i < pitch; ++i) from[i] = 0;
   }
 
+  void put_sums(int64_t block, int64_t values, int64_t from) {
+    for (int i = 0; i < TrainingScratch::kSums; ++i) put(block, values, from + i, sums + i * pitch);
+  }
+
   void statistics(int64_t block) {
     each_row(block, call.OH, [&](int64_t oh, bool opens) { statistics_row(oh, opens); });
-    put(block, 3, 0, pivot), put(block, 3, 1, first), put(block, 3, 2, second);
+    put(block, 5, 0, pivot), put_sums(block, 5, 1);
   }
 
   void gradient_sums(int64_t block) {
     each_row(block, call.OH, [&](int64_t oh, bool) { sums_row(oh); });
-    put(block, 2, 0, first), put(block, 2, 1, second);
+    put_sums(block, 4, 0);
   }
 
   void gradients(int64_t block) {

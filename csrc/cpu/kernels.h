@@ -98,6 +98,31 @@ struct MapCall {
   int64_t parts;  // of an image, each a task: of its channels for means, of its pixels for factors
 };
 
+// A 1x1 convolution with its norm and activation in training, float32, channels_last: z, (P, K), is
+// the product of x, (P, C), and the weight; y = activate(scale * centred + shift) with centred = z
+// - mean. Gradients as in DwconvTrainingCall.
+struct ConvTrainingCall {
+  int64_t P, C, K;  // P: pixels of the whole batch
+  int64_t block;    // pixels of a task and of its partials
+  Activation activation;
+  double slope;
+  const float *x, *dy;
+  float *z, *y, *dx, *dweight;  // z is read only in backward; dx: null where it is not wanted
+  const float *scale, *shift, *mean, *linear, *constant;
+  const float *packed, *ones, *zeros;  // of the product (see pack_conv_panels), and its epilogue
+  float* partials;                     // [block][value][K]
+  bool stream;                         // y may bypass the caches
+  // The weight's gradient goes by chunks of pixels, whose operands are packed in panels of
+  // kGradientRows output channels and of a vector of input channels, so many floats apart; it is
+  // tiled by columns of two vectors and rows of kGradientRows channels, of which a task takes some.
+  // Or all of backward goes by slabs of blocks, each with a gradient of the weight of its own, one
+  // behind the other in dweight.
+  int64_t chunk_first, chunk_pixels;
+  float *d_panels, *x_panels;
+  int64_t d_stride, x_stride, d_floats, x_floats;
+  int64_t columns, row_tiles, slabs;
+};
+
 struct Kernels {
   const char* name;
   int64_t width;  // float lanes of a vector
@@ -113,15 +138,28 @@ struct Kernels {
   int64_t (*conv_channels_last_scratch)(const ConvCall&);
   void (*pool_channels_last)(const MapCall&, int64_t begin, int64_t end);
   void (*scale_channels_last)(const MapCall&, int64_t begin, int64_t end);
-  // Partials: a pivot, and the sums of (convolution - pivot) and of its square.
+  // Partials: a pivot, and the sums of (convolution - pivot) and of its square, each in two
+  // numbers.
   void (*dwconv_statistics)(const DwconvTrainingCall&, int64_t begin, int64_t end, void* scratch);
-  // Partials: the sums of dz * centred and of dz.
+  // Partials: the sums of dz * centred and of dz, likewise.
   void (*dwconv_gradient_sums)(const DwconvTrainingCall&, int64_t begin, int64_t end,
                                void* scratch);
   // dx. Partials: the gradient of every tap of the weight.
   void (*dwconv_gradients)(const DwconvTrainingCall&, int64_t begin, int64_t end, void* scratch);
   // Bytes of scratch that a thread of these three needs.
   int64_t (*dwconv_training_scratch)(const DwconvTrainingCall&);
+  // Output channels of a panel of the weight's gradient.
+  int64_t gradient_rows;
+  void (*pack_conv_panels)(const float* weight, int64_t K, int64_t C, bool transposed,
+                           int64_t begin, int64_t end, float* to);
+  void (*conv_statistics)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  void (*conv_normalise)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  void (*conv_gradient_sums)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  void (*conv_data_gradient)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  void (*conv_weight_gradient)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  void (*conv_slab_gradients)(const ConvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  // Bytes of scratch that a thread of these needs.
+  int64_t (*conv_training_scratch)(const ConvTrainingCall&);
 };
 
 // Widest first, each with a run-time test of the processor; the last one always runs.

@@ -29,10 +29,9 @@ MNET_INLINE Vector<T> activate_backward(Bounds bounds, Vector<T> z, Vector<T> dy
   return z >= T(bounds.high) ? Vector<T>{} : kept;
 }
 // The other activations, dy in place; csrc/activation_backward.h says the same for one number.
-template <typename T>
-static __attribute__((noinline)) void activate_backward_tile(const DwconvCall& call,
-                                                             const Vector<T>* z, Vector<T>* dy,
-                                                             int count) {
+template <typename T, typename Call>
+static __attribute__((noinline)) void activate_backward_tile(const Call& call, const Vector<T>* z,
+                                                             Vector<T>* dy, int count) {
   const T slope = static_cast<T>(call.slope);
   for (int i = 0; i < count; ++i) {
     const Vector<T> x = z[i], g = dy[i];

@@ -57,12 +57,13 @@ class FusedConv2d(nn.Conv2d):
 
     Parameters, buffers and state_dict are the Conv2d's. In eval mode (or with a norm that was
     frozen by ``.eval()``) it is one pass over memory; with the batch's statistics a depthwise one
-    is one operator too, which keeps its input alone for backward. Where no backend serves the
-    input, and for all other convolutions with the batch's statistics, it is
-    :meth:`forward_native`. The norm is read at every call: nothing that is done to it later is
-    missed. The exceptions are writes that leave no trace to look for: through ``.data``, of a
-    single element of a large convolution weight on the CPU and of anything on a GPU. A CUDA graph
-    holds what it was captured with until the next call outside of it.
+    is one operator too, which keeps its input alone for backward, and a 1x1 in float32 on the CPU,
+    which keeps its convolution too. Where no backend serves the input, and for all other
+    convolutions with the batch's statistics, it is :meth:`forward_native`. The norm is read at
+    every call: nothing that is done to it later is missed. The exceptions are writes that leave no
+    trace to look for: through ``.data``, of a single element of a large convolution weight on the
+    CPU and of anything on a GPU. A CUDA graph holds what it was captured with until the next call
+    outside of it.
 
     Args:
         x: ``(N, C_in, H, W)``.
@@ -109,7 +110,7 @@ class FusedConv2d(nn.Conv2d):
             if why is not None:
                 return f"{why}: native in training mode"
             if not is_depthwise(self):
-                return "convolutions that are not depthwise are native in training mode"
+                return training.why_not_dense(self, str(device), dtype)
             return _server(fusion.backend, None, str(device), dtype, True)[1]
         if not is_depthwise(self) or torch.compiler.is_compiling():
             return None  # the fold needs nothing but native operators
@@ -120,6 +121,8 @@ class FusedConv2d(nn.Conv2d):
     ) -> str:
         """The backend of a fused call; "folded" where it is the native convolution of a fold."""
         if not is_depthwise(self):
+            if in_training:
+                return "cpu"
             packs = self.groups == 1 and ops.packs(dtype)
             on_cpu = self.fusion.backend in (None, "cpu") and torch.device(device).type == "cpu"
             return "cpu" if packs and on_cpu and self.fusion.free_layout else "folded"
@@ -139,12 +142,11 @@ class FusedConv2d(nn.Conv2d):
             if self.fusion.free_layout and x.is_cpu and self.uses_batch_statistics():
                 x = x.contiguous(memory_format=torch.channels_last)  # the layout of the fast paths
             return self.forward_native(x)
-        if not is_depthwise(self):
-            return self._dense(x, weight)
+        depthwise = is_depthwise(self)
         if self.uses_batch_statistics():
-            y = training.depthwise(self, x, weight)
+            y = training.run(self, x, weight, depthwise)
             return self.forward_native(x) if y is None else y
-        return self._depthwise(x, weight)
+        return self._depthwise(x, weight) if depthwise else self._dense(x, weight)
 
     def forward_native(self, x: Tensor) -> Tensor:
         """``act(norm(conv(pad(x))))``, module by module, as before the swap."""

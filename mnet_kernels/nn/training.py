@@ -1,4 +1,4 @@
-"""A depthwise convolution and its norm while the norm uses the batch's own statistics."""
+"""A convolution and its norm while the norm uses the batch's own statistics."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from mnet_kernels.conv_training import conv_bn_act_training
 from mnet_kernels.dwconv_training import dwconv_bn_act_training
 from mnet_kernels.fold import statistics_of
 
@@ -15,14 +16,20 @@ if TYPE_CHECKING:
     from mnet_kernels.nn.fused import FusedConv2d
 
 
-def depthwise(conv: FusedConv2d, x: Tensor, weight: Tensor) -> Tensor | None:
+def run(conv: FusedConv2d, x: Tensor, weight: Tensor, depthwise: bool) -> Tensor | None:
     """``act(norm(conv(pad(x))))`` in one operator, the norm's state updated as the norm does it;
     None where that is left to the modules.
 
     Args:
-        conv: depthwise, with a norm that :meth:`FusedConv2d.uses_batch_statistics`.
+        conv: depthwise, or one that has no :func:`why_not_dense`; with a norm that
+            :meth:`FusedConv2d.uses_batch_statistics`.
         weight: its weight in x's dtype.
     """
+    if not depthwise:
+        if conv.fusion.free_layout:
+            x = x.contiguous(memory_format=torch.channels_last)  # the layout of the fast paths
+        elif not x.is_contiguous(memory_format=torch.channels_last):
+            return None  # the next module may ask for this layout
     if x.numel() == 0 or (x.shape[0] == 1 and conv.output_size(x) == [1, 1]):
         return None  # the norm has its own words for that
     fusion, bias = conv.fusion, conv._parameters["bias"]
@@ -40,21 +47,24 @@ def depthwise(conv: FusedConv2d, x: Tensor, weight: Tensor) -> Tensor | None:
     if norm.training and not norm.track_running_stats:
         mean = var = None
     running = [_as(t, wide) for t in (mean, var)]
-    y = dwconv_bn_act_training(
-        x,
-        weight,
-        _as(gamma, wide),
-        _as(beta, wide),
-        *running,
-        momentum=momentum,
-        eps=norm.eps,
-        activation=fusion.activation,
-        slope=fusion.slope,
-        backend=fusion.backend,
-        stride=conv.stride,
-        padding="same" if fusion.pad == "same" else conv.padding_edges(),
-        dilation=conv.dilation,
-    )
+    arguments = (x, weight, _as(gamma, wide), _as(beta, wide), *running)
+    constants: dict[str, Any] = {
+        "momentum": momentum,
+        "eps": norm.eps,
+        "activation": fusion.activation,
+        "slope": fusion.slope,
+    }
+    if depthwise:
+        y = dwconv_bn_act_training(
+            *arguments,
+            **constants,
+            backend=fusion.backend,
+            stride=conv.stride,
+            padding="same" if fusion.pad == "same" else conv.padding_edges(),
+            dilation=conv.dilation,
+        )
+    else:
+        y = conv_bn_act_training(*arguments, **constants)
     if mean is not None:
         with torch.no_grad():
             if bias is not None:
@@ -63,6 +73,26 @@ def depthwise(conv: FusedConv2d, x: Tensor, weight: Tensor) -> Tensor | None:
                 if held is not updated:
                     held.copy_(updated)
     return _seen_to_the_end(y)
+
+
+def why_not_dense(conv: FusedConv2d, device: str, dtype: torch.dtype) -> str | None:
+    """The sentence why a convolution that is not depthwise is native in training mode, or None."""
+    pointwise = (
+        conv.kernel_size == (1, 1)
+        and conv.stride == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+        and conv.fusion.pad in ("same", (0, 0, 0, 0))
+        and not (isinstance(conv.padding, tuple) and any(conv.padding))
+    )
+    if not pointwise:
+        kind = "convolutions neither depthwise nor 1x1 (stride 1, unpadded)"
+        return f"{kind} are native in training mode"
+    if conv.fusion.backend not in (None, "cpu") or not device.startswith("cpu"):
+        return "1x1 convolutions are native in training mode but on the CPU"
+    if dtype != torch.float32:
+        return "1x1 convolutions are native in training mode but in float32"
+    return None
 
 
 def lacks(backend: str) -> str | None:
@@ -89,7 +119,7 @@ def _count(norm: Any) -> float:
 
 
 def _as(t: Tensor | None, dtype: torch.dtype) -> Any:
-    return None if t is None else t.to(dtype)
+    return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
 def _seen_to_the_end(y: Tensor) -> Tensor:

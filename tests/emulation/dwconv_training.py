@@ -1,12 +1,12 @@
-"""A batch_statistics_rulers.Training as requests to the emulated kernels of training."""
+"""A training_rulers.Training as requests to the emulated kernels of training."""
 
 from __future__ import annotations
 
 import torch
-from batch_statistics_rulers import Training
 from emulation import dwconv
 from emulation.emulator import Answer, Emulator
 from torch import Tensor
+from training_rulers import Training
 
 
 def _numbers(t: Training) -> dict[str, float]:
