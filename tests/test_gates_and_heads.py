@@ -9,8 +9,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import image, network, randomize
 from test_sequences import both_dtypes, calls, finish, one_by_one, runs, unit  # noqa: F401
-from test_swap import image, network, randomize
 from torch import nn
 from torchvision.models import mobilenet_v2, mobilenet_v3_small
 from torchvision.ops import SqueezeExcitation, StochasticDepth

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_swap import image, randomize
+from networks import image, randomize
 from torch import nn
 
 from mnet_kernels import graphed, graphs

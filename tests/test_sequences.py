@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_swap import Forward, image, network, randomize
+from networks import Forward, image, network, randomize
 from torch import nn
 from torchvision.models import mobilenet_v2
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from test_swap import ACTS, dw_bn, image, network, randomize, reasons
+from networks import ACTS, dw_bn, image, network, randomize, reasons
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
