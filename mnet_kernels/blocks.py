@@ -124,6 +124,8 @@ class SeparableConv(nn.Module):
         for half in halves:
             if x.dim() != 4 or (x.dtype, x.device) != (half.weight.dtype, half.weight.device):
                 return "input and weights differ in dtype or device"
+            if half.uses_batch_statistics():
+                return "statistics of the batch are taken half by half"
             if (reason := half.why_native(x.device, x.dtype)) is not None:
                 return reason
         if torch.is_autocast_enabled(x.device.type) or in_functorch():
