@@ -76,7 +76,7 @@ bench: install $(VENV)/.bench-peers
 	@$(BENCH) benchmarks/test_layers.py --minutes 2 --benchmark-json=benchmarks/results/cpu-layers.json
 	@echo "== the large batches again, with a malloc that keeps large blocks"
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 $(BENCH) benchmarks/test_networks.py \
-	  -k "32-float32" --minutes 1 --benchmark-json=benchmarks/results/cpu-tuned-malloc.json
+	  -k "32-float32" --minutes 1.5 --benchmark-json=benchmarks/results/cpu-tuned-malloc.json
 	@$(BIN)/python benchmarks/tables.py $(RESULTS)
 
 bench-training: install
