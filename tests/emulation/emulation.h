@@ -208,15 +208,18 @@ class Grid {
 
   void run_threads(const std::function<void()>& kernel) {
     std::vector<std::thread> threads;
-    Barrier between_blocks;
-    between_blocks.reset(block_.threads);
+    // Two: a thread that leaves the first one late must not be ordered, by its lock, after what an
+    // early one did before it came to the second. ThreadSanitizer would not see their race.
+    Barrier begun, ended;
+    begun.reset(block_.threads);
+    ended.reset(block_.threads);
     std::exception_ptr failure;
     std::mutex failure_lock;
     for (int t = 0; t < block_.threads; ++t)
       threads.emplace_back([&, t] {
         for (int64_t b = 0; b < last_; b += step_) {
           if (t == 0) begin_block();
-          between_blocks.wait();
+          begun.wait();
           if (!failure) try {
               run_thread(kernel, b, t);
             } catch (...) {
@@ -225,7 +228,7 @@ class Grid {
             }
           block_.barrier.leave();
           block_.warps[t / kWarp].barrier.leave();
-          between_blocks.wait();
+          ended.wait();
           if (t == 0) {
             failure = next_failure_;
             end_block();
