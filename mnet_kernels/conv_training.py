@@ -118,9 +118,7 @@ def _differentiable_gradients(dy, tensors, constants, wanted) -> list[Tensor | N
     x, weight, gamma, beta = tensors
     z = F.batch_norm(F.conv2d(x, weight), None, None, gamma, beta, True, 0.0, eps)
     y = reference.ACTIVATIONS[activation](z, slope)
-    inputs = [t for t, w in zip(tensors, wanted, strict=True) if w]
-    gradients = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
-    return [next(gradients) if w else None for w in wanted]
+    return registration.gradients_through(y, dy, tensors, wanted, True)
 
 
 torch.library.register_autograd(f"mnet_kernels::{_OP}", _backward, setup_context=_setup_context)

@@ -50,13 +50,8 @@ def find_runs(model: nn.Module, sites: list[Site], look: Look) -> dict[str, list
             for run in found for name in names[run.start : run.stop] for end in (".", "")
         ]  # fmt: skip
     # Heads of networks without a run of convolutions are none of our business.
-    whole = any(stage.module in chained for run in _all(runs) for stage in run.stages)
-    return runs if whole else {}
-
-
-def _all(runs: dict[str, list[Run]]) -> Iterator[Run]:
-    for found in runs.values():
-        yield from found
+    every = [run for found in runs.values() for run in found]
+    return runs if any(stage.module in chained for run in every for stage in run.stages) else {}
 
 
 @dataclass
@@ -213,8 +208,6 @@ class _Finder:
             return True
         if forward is nn.Linear.forward:
             return self.linear(draft, cast(nn.Linear, module), path)
-        if draft.flat_input and draft.latest == 0:
-            return False
         if forward is nn.AdaptiveAvgPool2d.forward and not draft.flat:
             if module.output_size not in (1, (1, 1)):
                 return False

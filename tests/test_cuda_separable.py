@@ -6,20 +6,13 @@ import itertools
 
 import pytest
 import torch
+from cuda_rulers import ON_A_GPU, every_dtype
 from emulation.separable import Separable, separable
 from torch import Tensor
 
-from mnet_kernels import backends
 from mnet_kernels.reference import ACTIVATIONS
 
-WHY_NOT = backends.why_not("cuda", device="cuda")
-pytestmark = [
-    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
-    pytest.mark.usefixtures("poisoned_memory"),
-]
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+pytestmark = ON_A_GPU
 
 # Shape, outputs: at both sides of a vector, an instruction, a chunk, a tile; images sharing a tile.
 SHAPES = [
