@@ -190,7 +190,8 @@ class _Finder:
             conv = cast(nn.Conv2d, module)
             if draft.flat or not (conv.groups == 1 or is_depthwise(conv)):
                 return False
-            pooled = one_pixel and _is_pointwise(conv)
+            unpadded = self.sites[path].pad == (0, 0, 0, 0)
+            pooled = one_pixel and unpadded and _is_pointwise(conv)
             draft.convolve(path, conv.in_channels, conv.out_channels, pooled)
             return True
         if path in self.quiet or type(module) is nn.Identity:

@@ -222,6 +222,17 @@ def test_a_whole_network_in_one_call(calls, head, stages, batch, dtype):  # noqa
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("pad", [(0, 0, 0, 0), (1, 1, 1, 1)])
+def test_a_padded_mean_is_no_mean(pad):
+    """A 1x1 convolution that takes padding over gives more than one pixel."""
+    size = (1 + sum(pad[:2])) * (1 + sum(pad[2:]))
+    model = randomize(nn.Sequential(
+        unit(3, 8), nn.AdaptiveAvgPool2d(1), nn.ZeroPad2d(pad), unit(8, 6), nn.Flatten(),
+        nn.Linear(6 * size, 4),
+    ))  # fmt: skip
+    check_accuracy(model, swap(model), image(2, 3, 9, 8))
+
+
 class Net(nn.Module):
     """A body and a classifier with something between them that no run takes in."""
 
