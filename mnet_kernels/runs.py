@@ -57,10 +57,11 @@ def find_runs(model: nn.Module, sites: list[Site], look: Look) -> dict[str, list
 @dataclass
 class _Draft:
     """A run so far. ``pooled`` are the values that have one pixel, ``channels`` those of each value
-    (None: not known yet)."""
+    (None: not known yet), ``sizes`` numbers that are equal where height and width are."""
 
     stages: list[Stage] = field(default_factory=list)
     channels: list[int | None] = field(default_factory=lambda: [None])
+    sizes: list[int] = field(default_factory=lambda: [0])
     pooled: set[int] = field(default_factory=set)
     inert: list[str] = field(default_factory=list)
     flat_input: bool = False
@@ -76,13 +77,16 @@ class _Draft:
             self,
             stages=[*self.stages],
             channels=[*self.channels],
+            sizes=[*self.sizes],
             pooled={*self.pooled},
             inert=[*self.inert],
         )
 
-    def convolve(self, path: str, inputs: int, outputs: int, pooled: bool) -> None:
+    def convolve(
+        self, path: str, inputs: int, outputs: int, pooled: bool, keeps_size: bool = True
+    ) -> None:
         self.channels = [inputs if c is None else c for c in self.channels]
-        self._add(Stage("conv", path), outputs, pooled)
+        self._add(Stage("conv", path), outputs, pooled, self.sizes[-1] if keeps_size else None)
 
     def pool(self) -> None:
         if self.latest not in self.pooled:
@@ -92,12 +96,15 @@ class _Draft:
         channels = self.channels[-1]
         fits = channels is not None and self.channels[other] == channels
         if fits:
-            self._add(Stage("scale", other=other), channels, False)
+            self._add(Stage("scale", other=other), channels, False, self.sizes[other])
         return fits
 
-    def _add(self, stage: Stage, channels: int | None, pooled: bool) -> None:
+    def _add(
+        self, stage: Stage, channels: int | None, pooled: bool, size: int | None = None
+    ) -> None:
         self.stages.append(stage)
         self.channels.append(channels)
+        self.sizes.append(self.latest if size is None else size)  # None: another one
         if pooled:
             self.pooled.add(self.latest)
 
@@ -192,7 +199,8 @@ class _Finder:
                 return False
             unpadded = self.sites[path].pad == (0, 0, 0, 0)
             pooled = one_pixel and unpadded and _is_pointwise(conv)
-            draft.convolve(path, conv.in_channels, conv.out_channels, pooled)
+            keeps = _keeps_size(conv, self.sites[path].pad)
+            draft.convolve(path, conv.in_channels, conv.out_channels, pooled, keeps)
             return True
         if path in self.quiet or type(module) is nn.Identity:
             return True
@@ -341,8 +349,7 @@ class _Reader:
         ):  # fmt: skip
             return False
         other = min(inputs)
-        same_map = (other in draft.pooled) == (draft.latest in draft.pooled)
-        if not same_map or draft.channels[other] != draft.channels[-1]:
+        if draft.sizes[other] != draft.sizes[-1] or draft.channels[other] != draft.channels[-1]:
             return False
         draft.stages[-1] = replace(last, other=other)
         return True
@@ -372,6 +379,18 @@ _ELSEWHERE = _Elsewhere()
 def _is_pointwise(conv: nn.Conv2d) -> bool:
     edges = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
     return conv.kernel_size == conv.stride == (1, 1) and edges == (0, 0)
+
+
+def _keeps_size(conv: nn.Conv2d, pad: tuple[int, int, int, int] | str) -> bool:
+    """Whether the result is as high and wide as the input, whatever that is."""
+    if conv.stride != (1, 1):
+        return False
+    if "same" in (pad, conv.padding):
+        return pad == "same" or pad == (0, 0, 0, 0)
+    top, left, bottom, right = cast(tuple[int, int, int, int], pad)
+    own = (0, 0) if isinstance(conv.padding, str) else conv.padding
+    needed = tuple(d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    return (top + bottom + 2 * own[0], left + right + 2 * own[1]) == needed
 
 
 def _mean(node: fx.Node) -> str | None:

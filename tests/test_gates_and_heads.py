@@ -233,6 +233,13 @@ def test_a_padded_mean_is_no_mean(pad):
     check_accuracy(model, swap(model), image(2, 3, 9, 8))
 
 
+def test_a_sum_that_broadcasts_is_no_residual():
+    """Over height and width: a convolution as large as its map, added to the map."""
+    context = network(lambda self, x: x + self.f(x), f=unit(8, 8, (9, 8), act=None))
+    model = randomize(finish(unit(3, 8), context, unit(8, 8)))
+    check_accuracy(model, swap(model), image(2, 3, 9, 8))
+
+
 class Net(nn.Module):
     """A body and a classifier with something between them that no run takes in."""
 
