@@ -173,6 +173,8 @@ extensions = [
             "csrc/cpu/sequence.cpp",
             "csrc/cpu/separable_conv.cpp",
             "csrc/cpu/pair.cpp",
+            "csrc/cpu/schedule.cpp",
+            "csrc/cpu/strip.cpp",
             "csrc/cpu/launch.cpp",
             "csrc/cpu/instruction_sets.cpp",
             "csrc/cpu/active.cpp",

@@ -55,7 +55,8 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
   m.def("pack_conv_weight(Tensor weight) -> Tensor");
   // Float32 channels_last convolutions one after the other; mnet_kernels/sequences.py writes
   // `stages` (n, 16) int64 and `constants`, csrc/cpu/sequence.h says what is in them.
-  m.def("conv_sequence(Tensor x, Tensor stages, Tensor constants) -> Tensor");
+  // flat: the result, of one pixel, is (N, K).
+  m.def("conv_sequence(Tensor x, Tensor stages, Tensor constants, bool flat=False) -> Tensor");
   // Which pairs of them it would fuse, and why.
   m.def("conv_sequence_plan(Tensor x, Tensor stages, Tensor constants, int threads) -> int[]");
   // Adds x to a list of tensors whose addresses are watched (csrc/watched.h); 0: a new list.

@@ -1,6 +1,6 @@
 // Whether what a packed call was made from is still what it was. A call looks at some hundreds of
-// objects that the kernels have just driven out of the caches: in one loop over plain pointers
-// their cache misses overlap, and from Python they would take several times as long.
+// objects that the kernels have just driven out of the caches: they are asked for all at once
+// (lines.h), and looked at in one loop over plain pointers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,9 +10,11 @@
 #include <cstring>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "lines.h"
 #include "watched.h"
 
 namespace mnet {
@@ -24,19 +26,21 @@ namespace py = pybind11;
 class Bytes {
  public:
   explicit Bytes(const std::vector<std::pair<std::uintptr_t, std::size_t>>& spans) {
-    for (const auto& [address, size] : spans) {
-      const auto* from = reinterpret_cast<const char*>(address);
-      spans_.push_back({from, std::string(from, size)});
+    constexpr std::size_t kPiece = 1024;
+    for (auto [address, size] : spans) {
+      copies_.append(reinterpret_cast<const char*>(address), size);
+      for (; size > kPiece; size -= kPiece, address += kPiece)
+        pieces_.push_back({reinterpret_cast<const char*>(address), kPiece, 0});
+      pieces_.push_back({reinterpret_cast<const char*>(address), size, 0});
     }
+    std::size_t offset = 0;
+    for (Piece& piece : pieces_) piece.copy = offset, offset += piece.size;
   }
-  bool unchanged() const {
-    for (const auto& [from, copy] : spans_)
-      if (std::memcmp(from, copy.data(), copy.size()) != 0) return false;
-    return true;
-  }
+  bool unchanged() const { return same(pieces_, copies_.data()); }
 
  private:
-  std::vector<std::pair<const char*, std::string>> spans_;
+  std::vector<Piece> pieces_;
+  std::string copies_;  // one after the other
 };
 
 // Entries of dictionaries (the very objects; Ellipsis: none), sizes of dictionaries, addresses of a
@@ -48,13 +52,24 @@ class Watch {
         std::vector<std::uintptr_t> addresses,
         const std::vector<std::pair<py::object, std::int64_t>>& versions)
       : list_(list), addresses_(std::move(addresses)) {
+    std::unordered_map<PyObject*, std::size_t> found;
+    auto held = [&](const py::dict& dict) -> Dict& {
+      const auto [at, is_new] = found.emplace(dict.ptr(), dicts_.size());
+      if (is_new) own(dict), dicts_.push_back({dict.ptr(), 0, -1, {}});
+      return dicts_[at->second];
+    };
     for (const auto& [dict, key, value] : entries) {
-      own(dict), own(key), own(value);
-      entries_.push_back({dict.ptr(), key.ptr(), value.is(py::ellipsis()) ? nullptr : value.ptr()});
+      own(key), own(value);
+      held(dict).entries.emplace_back(key.ptr(), value.is(py::ellipsis()) ? nullptr : value.ptr());
     }
-    for (const auto& [dict, size] : sizes) own(dict), sizes_.push_back({dict.ptr(), size});
-    for (const auto& [tensor, version] : versions)
-      own(tensor), versions_.push_back({tensor.ptr(), version});
+    for (const auto& [dict, size] : sizes) held(dict).size = size;
+    for (const Dict& dict : dicts_) add_lines(dict);
+    for (const auto& [tensor, version] : versions) {
+      own(tensor);
+      versions_.emplace_back(tensor.ptr(), version);
+      lines_.add(tensor.ptr(), kObject);
+    }
+    add_lines_of(list, lines_);
     version_ = py::str("_version");
   }
   ~Watch() { forget(list_); }
@@ -62,31 +77,62 @@ class Watch {
   Watch& operator=(const Watch&) = delete;
 
   bool unchanged() const {
-    for (const auto& [dict, size] : sizes_)
-      if (PyDict_Size(dict) != size) return false;
-    for (const auto& [dict, key, value] : entries_) {
-      PyObject* now = PyDict_GetItemWithError(dict, key);
-      if (now == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-      if (now != value) return false;
-    }
+    lines_.fetch();
+    for (const Dict& dict : dicts_)
+      if (!holds(dict)) return false;
     for (const auto& [tensor, version] : versions_)
       if (number(PyObject_GetAttr(tensor, version_.ptr())) != version) return false;
     return lie_at(list_, addresses_);
   }
 
  private:
-  struct Entry {
-    PyObject *dict, *key, *value;
-  };
-  struct Size {
+  struct Dict {
     PyObject* dict;
-    Py_ssize_t size;
-  };
-  struct Version {
-    PyObject* tensor;
-    std::int64_t version;
+    mutable std::uint64_t version;  // when it was last found unchanged, or 0
+    Py_ssize_t size;                // or -1
+    std::vector<std::pair<PyObject*, PyObject*>> entries;
   };
 
+// CPython numbers every change of a dictionary (PEP 509), until 3.13 (PEP 699).
+#if !defined(PYPY_VERSION) && PY_VERSION_HEX < 0x030D0000
+  static constexpr bool kNumbered = true;
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  static std::uint64_t version_of(PyObject* dict) {
+    return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+  }
+#pragma GCC diagnostic pop
+#else
+  static constexpr bool kNumbered = false;
+  static std::uint64_t version_of(PyObject*) { return 0; }
+#endif
+
+  static bool holds(const Dict& held) {
+    const std::uint64_t version = version_of(held.dict);
+    if (kNumbered && version == held.version) return true;
+    if (held.size >= 0 && PyDict_Size(held.dict) != held.size) return false;
+    for (const auto& [key, value] : held.entries) {
+      PyObject* now = PyDict_GetItemWithError(held.dict, key);
+      if (now == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+      if (now != value) return false;
+    }
+    held.version = version;
+    return true;
+  }
+
+  static constexpr std::size_t kObject = 48;
+  void add_lines(const Dict& held) {
+    lines_.add(held.dict, kObject);
+#if !defined(PYPY_VERSION)
+    if (kNumbered || held.entries.empty()) return;
+    // The table of hashes and entries.
+    const auto size = static_cast<std::size_t>(PyDict_Size(held.dict));
+    std::size_t slots = 8;
+    while (slots * 2 < size * 3) slots *= 2;
+    lines_.add(reinterpret_cast<PyDictObject*>(held.dict)->ma_keys, 32 + slots + 24 * size);
+    for (const auto& [key, value] : held.entries) lines_.add(key, kObject);
+#endif
+  }
   void own(const py::object& object) { owned_.push_back(object); }
   static std::int64_t number(PyObject* result) {
     const auto held = py::reinterpret_steal<py::object>(result);
@@ -96,9 +142,9 @@ class Watch {
     return value;
   }
 
-  std::vector<Entry> entries_;
-  std::vector<Size> sizes_;
-  std::vector<Version> versions_;
+  Lines lines_;
+  std::vector<Dict> dicts_;
+  std::vector<std::pair<PyObject*, std::int64_t>> versions_;
   std::int64_t list_;
   std::vector<std::uintptr_t> addresses_;
   std::vector<py::object> owned_;

@@ -142,8 +142,7 @@ class Runner:
         if self.run.flat_input:
             x = x[:, :, None, None]
         self._seen = x.shape, x.dtype
-        y = run_sequence(x, packed.stages, packed.constants)
-        return y.flatten(1) if self.run.flat_output else y
+        return _conv_sequence(x, packed.stages, packed.constants, self.run.flat_output)
 
     def _renewed(self, dtype: torch.dtype) -> _Packed | None:
         """What the modules are now, packed; None where they have to be called one by one."""

@@ -123,6 +123,18 @@ struct ConvTrainingCall {
   int64_t columns, row_tiles, slabs;
 };
 
+// Rows of an image that lies in planes, `plane` values apart, to channels_last; float32 or
+// bfloat16. The other fields are those of a convolution that changes nothing else.
+struct InterleaveCall {
+  int64_t N, C, H, W;
+  int64_t K, OH, OW;
+  int64_t plane;
+  const void* x;
+  void* y;
+  Element element;
+  static constexpr int64_t KH = 1, SH = 1, DH = 1, top = 0;
+};
+
 struct Kernels {
   const char* name;
   int64_t width;  // float lanes of a vector
@@ -138,6 +150,7 @@ struct Kernels {
   int64_t (*conv_channels_last_scratch)(const ConvCall&);
   void (*pool_channels_last)(const MapCall&, int64_t begin, int64_t end);
   void (*scale_channels_last)(const MapCall&, int64_t begin, int64_t end);
+  void (*interleave)(const InterleaveCall&);
   // Partials: a pivot, and the sums of (convolution - pivot) and of its square, each in two
   // numbers.
   void (*dwconv_statistics)(const DwconvTrainingCall&, int64_t begin, int64_t end, void* scratch);

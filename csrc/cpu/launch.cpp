@@ -111,7 +111,7 @@ void run_dwconv_channels_last(DwconvCall& call, const Problem& p, int64_t thread
         [&](int64_t begin, int64_t end) { kernels.dwconv_channels_last(call, begin, end); });
 }
 
-void run_dwconv_channels_last_here(DwconvCall& call) {
+void run_here(DwconvCall& call) {
   const Kernels& kernels = narrowed_kernels(call.K);
   kernels.dwconv_channels_last(call, 0, plan(call, kernels.width, 1));
 }
@@ -121,7 +121,9 @@ void run_conv(ConvCall& call, const Problem& p, int64_t threads) {
   run_conv_on(call, threads);
 }
 
-void run_conv_here(ConvCall& call) { run_conv_on(call, 1); }
+void run_here(ConvCall& call) { run_conv_on(call, 1); }
+
+void run_here(const InterleaveCall& call) { active_kernels().interleave(call); }
 
 void run_pool(MapCall& call, int64_t threads) {
   call.parts = parts_of(call, panels_of(call.C), threads);

@@ -35,8 +35,9 @@ void run_pool(MapCall& call, int64_t threads);
 void run_scale(MapCall& call, int64_t threads);
 
 // The same on the calling thread and without looking at how large the call is; for parts of calls.
-void run_dwconv_channels_last_here(DwconvCall& call);
-void run_conv_here(ConvCall& call);
+void run_here(DwconvCall& call);
+void run_here(ConvCall& call);
+void run_here(const InterleaveCall& call);
 
 // run(begin, end) for all of [0, tasks), cut up for the threads.
 template <typename Tasks>

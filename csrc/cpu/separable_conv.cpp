@@ -10,6 +10,7 @@
 #include "launch.h"
 #include "memory.h"
 #include "pair.h"
+#include "strip.h"
 
 namespace mnet::cpu {
 
@@ -52,8 +53,9 @@ Tensor separable_conv(Tensor x, Tensor dw_weight, std::optional<Tensor> dw_scale
     second.y = y.mutable_data_ptr();
 
     const int64_t threads = torch::stable::get_num_threads();
-    if (const PairPlan plan = plan_pair(first, second, threads); plan.bands) {
-      run_pair(first, second, plan, threads);
+    if (const PairCost cost = pair_cost(first, second, threads);
+        in_one_go(cost, Pairing::by_cost)) {
+      run_strips({{first}, {second}}, pair_rows(first, second, threads), threads);
     } else {  // what is between them is small then
       const int64_t bytes = p.N * p.K * p.OH * p.OW * (p.dtype == DType::bfloat16 ? 2 : 4);
       first.y = scratch_bytes<Scratch::sequence>(static_cast<std::size_t>(bytes));

@@ -6,7 +6,7 @@ namespace mnet::cpu {
 namespace {
 
 constexpr const char* kOp = "conv_sequence";
-constexpr int64_t kColumns = 16, kAlign = 16, kLine = 64;  // a cache line in floats, in bytes
+constexpr int64_t kColumns = 16, kAlign = 16;  // kAlign: a cache line in floats
 
 int64_t aligned(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 
@@ -100,39 +100,26 @@ Sequence sequence_of(const int64_t* rows, int64_t count, const Tensor& x, const 
   Sequence s;
   std::vector<int64_t> last_use(static_cast<std::size_t>(count) + 1);
   int64_t C = x.size(1), H = x.size(2), W = x.size(3);
+  const DType dtype = facts_of(x).dtype;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t* row = rows + i * kColumns;
     if (row[1] != C)
       check::fail(kOp, i ? "stages" : "x", check::join(row[1], " channels"), check::join(C));
-    s.stages.push_back(stage_of(row, facts_of(x).dtype, H, W, constants, constant_count));
+    s.stages.push_back(stage_of(row, dtype, H, W, constants, constant_count));
     connect(s, i, x);
     const Stage& stage = s.stages.back();
     C = stage.p.K, H = stage.p.OH, W = stage.p.OW;
     last_use[i] = i;
     if (stage.other >= 0) last_use[stage.other] = i;
   }
+  constexpr int64_t kFewPlanes = 4;
+  s.planes = x.size(1) <= kFewPlanes && x.is_contiguous() && !is_channels_last(x) &&
+             s.stages[0].kind == Kind::dense && s.stages[0].other < 0 && last_use[0] == 0;
+  for (int64_t i = 0; i < count; ++i) s.stages[i].last_use = last_use[i + 1];
   for (int64_t i = 0; i + 1 < count; ++i)
-    if (s.stages[i].kind == Kind::depthwise && last_use[i + 1] == i + 1 &&
-        s.stages[i + 1].other != i + 1 && is_pointwise(s.stages[i + 1])) {
-      s.stages[i].feeds_block = true;
-      last_use[i] = std::max(last_use[i], i + 1);  // later bands still read it
-    }
-  // Each value takes a slot that no value still in use holds; a scale may work in place.
-  std::vector<int64_t> held;  // by slot: the last stage that uses what is in it
-  for (int64_t i = 0; i + 1 < count; ++i) {
-    Stage& stage = s.stages[i];
-    const bool in_place =
-        stage.kind == Kind::scale && stage.other > 0 && last_use[stage.other] == i;
-    const auto free =
-        in_place ? held.begin() + s.stages[stage.other - 1].slot
-                 : std::find_if(held.begin(), held.end(), [&](int64_t use) { return use < i; });
-    stage.slot = free - held.begin();
-    if (free == held.end()) held.push_back(0), s.slots.push_back(0);
-    held[stage.slot] = last_use[i + 1];
-    const int64_t bytes = stage.p.K * stage.p.OH * stage.p.OW * size_of(stage.p.dtype);
-    s.slots[stage.slot] = std::max(s.slots[stage.slot], (bytes + kLine - 1) / kLine * kLine);
-  }
-  for (int64_t size : s.slots) s.image += size;
+    s.stages[i].feeds_block = s.stages[i].kind == Kind::depthwise &&
+                              s.stages[i].last_use == i + 1 && s.stages[i + 1].other != i + 1 &&
+                              is_pointwise(s.stages[i + 1]);
   return s;
 }
 

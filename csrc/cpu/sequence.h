@@ -1,4 +1,4 @@
-// What conv_sequence is given, checked: its stages, and where what passes between them is kept.
+// What conv_sequence is given, checked: its stages.
 #pragma once
 
 #include <vector>
@@ -22,13 +22,12 @@ struct Stage {
   const float* own_weight;  // depthwise bfloat16: the weight in that type
   Pairing pairing = Pairing::by_cost;
   bool feeds_block = false;  // with the next stage, which is the only one to read the result
-  int64_t slot = -1;         // where the result goes; the last one is the caller's
+  int64_t last_use = 0;      // the last stage that reads the result
 };
 
 struct Sequence {
   std::vector<Stage> stages;
-  std::vector<int64_t> slots;  // sizes in bytes, of one image
-  int64_t image = 0;           // the sum of slots
+  bool planes = false;  // the input comes in planes of a few channels; only stage 0 reads it
 };
 
 inline int64_t size_of(DType dtype) { return dtype == DType::bfloat16 ? 2 : 4; }
