@@ -1,6 +1,6 @@
 """Depthwise + 1x1 pairs inside a run: which go in one pass, why, and which way is faster here.
 
-The cost model is csrc/cpu/pair.cpp's plan_pair. It can be overruled, for all pairs by
+The cost model is csrc/cpu/pair.cpp's pair_cost. It can be overruled, for all pairs by
 ``swap(model, pairs=...)`` and for one by its depthwise convolution's ``fusion.pair``.
 """
 
@@ -50,7 +50,7 @@ def pairs(runner: Runner) -> list[Pair]:
     numbers = _plan(x, stages, constants, torch.get_num_threads())
     found = []
     for i in range(len(stages)):
-        bands, fused, separate = numbers[3 * i : 3 * i + 3]
+        together, fused, separate = numbers[3 * i : 3 * i + 3]
         if fused == separate == 0:
             continue
         depthwise, pointwise = runner.run.stages[i : i + 2]
@@ -60,7 +60,7 @@ def pairs(runner: Runner) -> list[Pair]:
             if told is None
             else "measured or set"
         )
-        found.append(Pair(str(depthwise.module), str(pointwise.module), bands > 0, reason))
+        found.append(Pair(str(depthwise.module), str(pointwise.module), together > 0, reason))
     return found
 
 

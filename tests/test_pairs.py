@@ -72,9 +72,9 @@ def test_the_cost_model():
         ])  # fmt: skip
         x = torch.empty(1, dtype=dtype).expand(1, channels, size, size)
         constants = torch.empty(1).expand(channels * channels + 64 * channels)
-        bands, fused, separate = plan(x, rows, constants.contiguous(), threads)[:3]
-        assert (bands > 0) == (fused <= separate)
-        return bands > 0
+        together, fused, separate = plan(x, rows, constants.contiguous(), threads)[:3]
+        assert (together > 0) == (fused <= separate)
+        return together > 0
 
     assert decision(64, 112, 1)
     assert decision(64, 112, 2)

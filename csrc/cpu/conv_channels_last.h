@@ -12,53 +12,70 @@
 constexpr int kTilePixels = kRegisters >= 32 ? 14 : 6;
 constexpr int64_t kPiece = 128;
 
-// A vector of weights, and how a pixel's patch is multiplied by it. Products of bfloat16 are exact
-// in float32, where all sums are taken.
-template <typename Elem>
+// Half a vector, for the last channels: processors do two of them while they do a vector of 64
+// bytes, or have room for two more.
+constexpr bool kHalves = MNET_VECTOR_BYTES == 64;
+typedef float HalfVector __attribute__((vector_size(MNET_VECTOR_BYTES / 2)));
+// The upper half may hold anything.
+MNET_INLINE Vector<float> widened(HalfVector half) {
+#if MNET_VECTOR_BYTES == 64
+  return (Vector<float>)_mm512_castps256_ps512((__m256)half);
+#else
+  return load_first(reinterpret_cast<const float*>(&half), kWidth<float> / 2);
+#endif
+}
+
+// A vector of weights, or half of one, and how a pixel's patch is multiplied by it. Products of
+// bfloat16 are exact in float32, where all sums are taken.
+template <typename Elem, typename Sum = Vector<float> >
 struct Step;
-template <>
-struct Step<float> {
+struct TwoTaps {
+  float first, second;
+};
+template <typename Sum>
+struct Step<float, Sum> {
   using Patch = float;
   static constexpr int kTaps = 1;
   using In = float;
-  Vector<float> weight;
+  Sum weight;
   inline __attribute__((always_inline)) explicit Step(const void* from)
-      : weight(load(static_cast<const float*>(from))) {}
+      : weight(load_bits<Sum>(from)) {}
   inline __attribute__((always_inline)) static In take(const Patch* patch) { return *patch; }
-  inline __attribute__((always_inline)) void add(Vector<float>& sum, In in) const {
-    sum += weight * in;
-  }
+  inline __attribute__((always_inline)) void add(Sum& sum, In in) const { sum += weight * in; }
 };
-template <>
-struct Step<bf16> {
+template <typename Sum>
+struct Step<bf16, Sum> {
   static constexpr int kTaps = 2;
 #if defined(MNET_AVX512_BF16)
   using Patch = bf16;
   using In = __m512i;
-  __m512i weight;
+  Sum weight;
   inline __attribute__((always_inline)) explicit Step(const void* from)
-      : weight(_mm512_loadu_si512(from)) {}
+      : weight(load_bits<Sum>(from)) {}
   inline __attribute__((always_inline)) static In take(const Patch* patch) {
     return _mm512_set1_epi32(load_bits<int>(patch));
   }
-  inline __attribute__((always_inline)) void add(Vector<float>& sum, In in) const {
-    sum = (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)in, (__m512bh)weight);
+  inline __attribute__((always_inline)) void add(Sum& sum, In in) const {
+    if constexpr (sizeof(Sum) == sizeof(__m512))
+      sum = (Sum)_mm512_dpbf16_ps((__m512)sum, (__m512bh)in, (__m512bh)weight);
+    else
+      sum = (Sum)_mm256_dpbf16_ps((__m256)sum, (__m256bh)_mm512_castsi512_si256(in),
+                                  (__m256bh)weight);
   }
 #else
   using Patch = float;  // converted as it is gathered
-  struct In {
-    float first, second;
-  };
-  Vector<float> first, second;
+  using In = TwoTaps;
+  using Pairs = decltype(Sum{} == Sum{});  // integers, as many
+  Sum first, second;
   inline __attribute__((always_inline)) explicit Step(const void* from) {
-    const auto pairs = load_bits<VectorU32>(from);
-    first = bit_cast<Vector<float> >(pairs << 16);
-    second = bit_cast<Vector<float> >(pairs & 0xffff0000u);
+    const auto pairs = load_bits<Pairs>(from);
+    first = bit_cast<Sum>(pairs << 16);
+    second = bit_cast<Sum>(pairs & static_cast<int>(0xffff0000u));
   }
   inline __attribute__((always_inline)) static In take(const Patch* patch) {
     return {patch[0], patch[1]};
   }
-  inline __attribute__((always_inline)) void add(Vector<float>& sum, In in) const {
+  inline __attribute__((always_inline)) void add(Sum& sum, In in) const {
     sum += first * in.first;
     sum += second * in.second;
   }
@@ -81,14 +98,15 @@ struct Patches {
   int64_t stride, row, jump;
 };
 
-// P pixels, `Vectors` vectors of a panel from `weight`'s column on. What lies `ahead` bytes beyond
-// each step's weights is wanted soon.
-template <typename Elem, int P, int Vectors>
+// P pixels, `Vectors` vectors of a panel from `weight`'s column on, the last one half a vector
+// where `Half` says so. What lies `ahead` bytes beyond each step's weights is wanted soon.
+template <typename Elem, int P, int Vectors, bool Half>
 static void conv_tile(const ConvCall& call, Patches<Elem> patches, const char* weight,
                       int64_t ahead, int64_t channel, Elem* y, int lanes_in_last,
                       Clamp<float> clamp) {
-  constexpr int V = kWidth<float>, kTaps = Step<Elem>::kTaps;
+  constexpr int V = kWidth<float>, kTaps = Step<Elem>::kTaps, kFull = Vectors - Half;
   Vector<float> sum[P][Vectors] = {};
+  [[maybe_unused]] HalfVector half[P] = {}, half_total[P];
   // Long sums are taken in pieces, which are then added up: rounding errors grow with the square
   // root of a piece instead of the whole.
   Vector<float> total[P][Vectors];
@@ -102,28 +120,36 @@ static void conv_tile(const ConvCall& call, Patches<Elem> patches, const char* w
       auto weights = [&](int v) __attribute__((always_inline)) {
         return Step<Elem>(weight + (k * kPanel + v * V) * kStepBytes);
       };
+      [[maybe_unused]] const Step<Elem, HalfVector> last_half(weight + (k * kPanel + kFull * V) *
+                                                                           kStepBytes);
       const Step<Elem> w[2] = {weights(0), weights(Vectors - 1)};
       __builtin_prefetch(weight + k * kPanel * kStepBytes + ahead, 0, 2);
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
         const auto in = Step<Elem>::take(patches.first + p * patches.stride + k * kTaps);
 #pragma GCC unroll 16
-        for (int v = 0; v < Vectors; ++v) w[v].add(sum[p][v], in);
+        for (int v = 0; v < kFull; ++v) w[v].add(sum[p][v], in);
+        if constexpr (Half) last_half.add(half[p], in);
       }
     }
     if (first && last) break;
     // A piece but the last leaves its sum in memory and starts again from zero.
+    auto put_by = [&](auto& now, auto& before) __attribute__((always_inline)) {
+      if (!first) now += before;
+      if (last) return;
+      before = now;
+      now = decltype(now + now){};
+    };
 #pragma GCC unroll 16
-    for (int p = 0; p < P; ++p)
+    for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 16
-      for (int v = 0; v < Vectors; ++v) {
-        if (!first) sum[p][v] += total[p][v];
-        if (last) continue;
-        total[p][v] = sum[p][v];
-        sum[p][v] = Vector<float>{};
-      }
+      for (int v = 0; v < kFull; ++v) put_by(sum[p][v], total[p][v]);
+      if constexpr (Half) put_by(half[p], half_total[p]);
+    }
     if (last) break;
   }
+#pragma GCC unroll 16
+  for (int p = 0; Half && p < P; ++p) sum[p][Vectors - 1] = widened(half[p]);
 #pragma GCC unroll 16
   for (int v = 0; v < Vectors; ++v) {
     const Vector<float> scale = load(static_cast<const float*>(call.scale) + channel + v * V);
@@ -157,20 +183,32 @@ static void conv_tile(const ConvCall& call, Patches<Elem> patches, const char* w
 template <typename Elem>
 using ConvTile = void (*)(const ConvCall&, Patches<Elem>, const char*, int64_t, int64_t, Elem*, int,
                           Clamp<float>);
-// By vectors - 1 and pixels - 1; a narrow register file has the first six only.
+// By pixels - 1; a narrow register file has the first six only.
 #if MNET_REGISTERS >= 32
-#define MNET_TILES(V)                                                                             \
-  conv_tile<Elem, 1, V>, conv_tile<Elem, 2, V>, conv_tile<Elem, 3, V>, conv_tile<Elem, 4, V>,     \
-      conv_tile<Elem, 5, V>, conv_tile<Elem, 6, V>, conv_tile<Elem, 7, V>, conv_tile<Elem, 8, V>, \
-      conv_tile<Elem, 9, V>, conv_tile<Elem, 10, V>, conv_tile<Elem, 11, V>,                      \
-      conv_tile<Elem, 12, V>, conv_tile<Elem, 13, V>, conv_tile<Elem, 14, V>
+#define MNET_TILES(...)                                                   \
+  conv_tile<Elem, 1, __VA_ARGS__>, conv_tile<Elem, 2, __VA_ARGS__>,       \
+      conv_tile<Elem, 3, __VA_ARGS__>, conv_tile<Elem, 4, __VA_ARGS__>,   \
+      conv_tile<Elem, 5, __VA_ARGS__>, conv_tile<Elem, 6, __VA_ARGS__>,   \
+      conv_tile<Elem, 7, __VA_ARGS__>, conv_tile<Elem, 8, __VA_ARGS__>,   \
+      conv_tile<Elem, 9, __VA_ARGS__>, conv_tile<Elem, 10, __VA_ARGS__>,  \
+      conv_tile<Elem, 11, __VA_ARGS__>, conv_tile<Elem, 12, __VA_ARGS__>, \
+      conv_tile<Elem, 13, __VA_ARGS__>, conv_tile<Elem, 14, __VA_ARGS__>
 #else
-#define MNET_TILES(V)                                                                         \
-  conv_tile<Elem, 1, V>, conv_tile<Elem, 2, V>, conv_tile<Elem, 3, V>, conv_tile<Elem, 4, V>, \
-      conv_tile<Elem, 5, V>, conv_tile<Elem, 6, V>
+#define MNET_TILES(...)                                                 \
+  conv_tile<Elem, 1, __VA_ARGS__>, conv_tile<Elem, 2, __VA_ARGS__>,     \
+      conv_tile<Elem, 3, __VA_ARGS__>, conv_tile<Elem, 4, __VA_ARGS__>, \
+      conv_tile<Elem, 5, __VA_ARGS__>, conv_tile<Elem, 6, __VA_ARGS__>
 #endif
+// One vector, two, and, where that saves anything, half of one and one and a half.
 template <typename Elem>
-static constexpr ConvTile<Elem> kConvTiles[2][kTilePixels] = {{MNET_TILES(1)}, {MNET_TILES(2)}};
+static constexpr ConvTile<Elem> kConvTiles[kHalves ? 4 : 2][kTilePixels] = {
+    {MNET_TILES(1, false)},
+    {MNET_TILES(2, false)},
+#if MNET_VECTOR_BYTES == 64
+    {MNET_TILES(1, true)},
+    {MNET_TILES(2, true)},
+#endif
+};
 #undef MNET_TILES
 
 // n values from the image to a patch, in the patch's type.
@@ -320,6 +358,7 @@ static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scr
       for (int64_t column = 0; column < columns; column += 2 * V) {
         const int lanes = static_cast<int>(columns - column < 2 * V ? columns - column : 2 * V);
         const int vectors = (lanes + V - 1) / V, last = lanes - (vectors - 1) * V;
+        const auto& tile_of = kConvTiles<Elem>[vectors - 1 + (kHalves && last <= V / 2 ? 2 : 0)];
         const int64_t channel = panel * kPanel + column;
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t from = tile * count / tiles, to = (tile + 1) * count / tiles;
@@ -335,8 +374,8 @@ static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scr
               gather_patches<Elem>(call, first + from, to - from,
                                    static_cast<Patch<Elem>*>(scratch) + from * stride, stride);
           }
-          kConvTiles<Elem>[vectors - 1][to - from - 1](
-              call, taken, weight + column* kStepBytes, tile < 2 ? panel_bytes + tile * 64 : 0,
+          tile_of[to - from - 1](
+              call, taken, weight + column * kStepBytes, tile < 2 ? panel_bytes + tile * 64 : 0,
               channel, static_cast<Elem*>(call.y) + (first + from) * call.K + channel, last, clamp);
         }
       }

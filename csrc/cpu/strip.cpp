@@ -81,8 +81,12 @@ class Strips {
     std::vector<int64_t> ends(last + 1);
     while (values.back().end < oh_end) {
       ends[last] = std::min(oh_end, values.back().end + rows_);
-      for (std::size_t k = last; k > 0; --k)
+      for (std::size_t k = last; k > 0; --k) {
+        // A stride may leave rows out that nobody has to compute.
+        const int64_t first = geometry_[k].first_input(values[k + 1].end);
+        if (first > values[k].end) values[k].base = values[k].end = first;
         ends[k - 1] = std::max(values[k].end, geometry_[k].input_end(ends[k]));
+      }
       for (std::size_t k = 0; k <= last; ++k) {
         Rows& to = values[k + 1];
         if (to.end == ends[k]) continue;
@@ -125,10 +129,7 @@ class Strips {
     int64_t first = geometry_[k + 1].first_input(values[k + 2].end);
     for (std::size_t j = k + 2; j < steps_.size(); ++j)
       if (steps_[j].other == static_cast<int64_t>(k)) first = std::min(first, values[j + 1].end);
-    if (first < value.end)
-      std::copy(value.at(first), value.at(value.end), value.memory);
-    else
-      value.end = first;  // strides may leave rows out
+    std::copy(value.at(first), value.at(value.end), value.memory);
     value.base = first;
   }
 
@@ -158,7 +159,9 @@ class Strips {
 
 }  // namespace
 
-int64_t RowsOf::first_input(int64_t oh) const { return std::max<int64_t>(0, oh * stride - top); }
+int64_t RowsOf::first_input(int64_t oh) const {
+  return std::clamp<int64_t>(oh * stride - top, 0, H);
+}
 int64_t RowsOf::input_end(int64_t oh_end) const {
   return std::clamp<int64_t>((oh_end - 1) * stride - top + reach, 0, H);
 }
