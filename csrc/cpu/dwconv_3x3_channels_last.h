@@ -177,8 +177,8 @@ struct DotTaps {
 #endif
 
 // A load waits for an earlier store to the same offset in a page of 4 KB, in the belief that it
-// might be the same address. Where pixels lie a multiple of 512 bytes apart, a walk's loads have but
-// few offsets, and its stores likewise.
+// might be the same address. Where pixels lie a multiple of 512 bytes apart, a walk's loads have
+// but few offsets, and its stores likewise.
 struct Aliasing {
   // x and y begin at the same offset: every load would wait. The results of a walk are gathered
   // elsewhere in the page before they are stored.
@@ -236,8 +236,8 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
     int64_t offset = c * kSize;
     const auto line = reinterpret_cast<std::uintptr_t>(static_cast<const Elem*>(call.x) + c) -
                       reinterpret_cast<std::uintptr_t>(stage_memory);
-    auto* const stage =
-        reinterpret_cast<Elem*>(stage_memory + (line + 128) % static_cast<std::uintptr_t>(kStagePixel));
+    auto* const stage = reinterpret_cast<Elem*>(
+        stage_memory + (line + 128) % static_cast<std::uintptr_t>(kStagePixel));
     Elem* to = staged ? stage : y + c;
     // Stride 2: an odd column is the middle one of an output, an even one its first or last.
     auto column = [&](auto odd, bool inside, bool ends) __attribute__((always_inline)) {
