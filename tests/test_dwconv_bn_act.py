@@ -35,6 +35,13 @@ def test_fast_paths(instruction_set, dtype, channels_last, size, kernel, stride)
     assert_correct(p, p.run())
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_wider_than_what_a_kernel_prepares(instruction_set, dtype, stride):
+    p = problem((1, 2, 5, 1043), dtype=dtype, stride=stride, padding=(2, 1), activation="identity")
+    assert_correct(p, p.run())
+
+
 @both_layouts
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_channels_at_every_side_of_a_vector(instruction_set, channels_last, channels):
