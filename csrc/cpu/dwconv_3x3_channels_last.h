@@ -281,8 +281,8 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
     }
     while (j < end) careful_step();
     if (staged)
-      for (int64_t i = 0; i < OW; ++i)
-        for (int64_t r = 0; r < R; ++r)
+      for (int64_t r = 0; r < R; ++r)
+        for (int64_t i = 0; i < OW; ++i)
           __builtin_memcpy(y + (r * OW + i) * K + c, stage + r * to_row + i * to_pixel,
                            kBlock * kSize);
   }
