@@ -180,6 +180,7 @@ extensions = [
             "csrc/cpu/active.cpp",
             "csrc/ops.cpp",
             "csrc/watched.cpp",
+            "csrc/direct_call.cpp",
             "csrc/bindings.cpp",
         ],
         define_macros=[*define_macros, ("MNET_WHY_NO_CUDA", f'"{why_no_cuda or ""}"')],

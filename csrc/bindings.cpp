@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/active.h"
+#include "direct_call.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -46,4 +47,5 @@ PYBIND11_MODULE(_C, m) {
       .def("unchanged", &mnet::Watch::unchanged);
   m.def("set_instruction_set", &mnet::cpu::set_instruction_set, py::arg("name"),
         "Use the CPU kernels of this instruction set from now on (tests and benchmarks).");
+  if (!mnet::add_direct_call(m.ptr())) throw py::error_already_set();
 }

@@ -99,11 +99,11 @@ inline void pair(const char* op, const char* name, const std::vector<int64_t>& v
 }
 
 inline Activation activation(const char* op, const std::string& argument, const std::string& name) {
-  std::string known;
-  for (std::size_t i = 0; i < kActivationCount; ++i) {
+  for (std::size_t i = 0; i < kActivationCount; ++i)
     if (name == kActivationNames[i]) return static_cast<Activation>(i);
+  std::string known;
+  for (std::size_t i = 0; i < kActivationCount; ++i)
     known += (i ? ", " : "") + std::string(kActivationNames[i]);
-  }
   fail(op, argument, "one of " + known, "'" + name + "'");
 }
 

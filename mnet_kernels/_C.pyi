@@ -1,4 +1,4 @@
-"""csrc/bindings.cpp."""
+"""csrc/bindings.cpp and direct_call.cpp."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from torch import Tensor
 
 def build_info() -> dict[str, Any]: ...
 def set_instruction_set(name: str) -> None: ...
+def dwconv_bn_act_direct(*arguments: Any) -> Tensor | None: ...
 
 class Watch:
     def __init__(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnet_kernels import _C, backends, reference, registration  # noqa: F401  (_C: operators)
+from mnet_kernels import _C, backends, reference, registration
 from mnet_kernels.registration import IntOrInts
 from mnet_kernels.registration import explicit_padding as _explicit_padding
 from mnet_kernels.registration import output_size as _output_size
@@ -72,6 +72,12 @@ def dwconv_bn_act(
         padding = ()
     if torch.compiler.is_compiling():
         stride, padding, dilation = map(_static, (stride, padding, dilation))
+    elif backend is None:
+        y = _C.dwconv_bn_act_direct(
+            x, weight, scale, shift, stride, padding, dilation, activation, slope
+        )
+        if y is not None:
+            return y
     args = (x, weight, scale, shift, stride, padding, dilation, activation, slope)
     if backend is None and isinstance(x, Tensor) and x.is_cpu:
         return _dwconv_bn_act(*args)

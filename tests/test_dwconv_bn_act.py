@@ -35,6 +35,13 @@ def test_fast_paths(instruction_set, dtype, channels_last, size, kernel, stride)
     assert_correct(p, p.run())
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_wider_than_what_a_kernel_prepares(instruction_set, dtype, stride):
+    p = problem((1, 2, 5, 1043), dtype=dtype, stride=stride, padding=(2, 1), activation="identity")
+    assert_correct(p, p.run())
+
+
 @both_layouts
 @pytest.mark.parametrize("channels", CHANNELS)
 def test_channels_at_every_side_of_a_vector(instruction_set, channels_last, channels):
@@ -248,6 +255,28 @@ def _free_gib() -> float:
     except (OSError, StopIteration):
         return 0.0
     return kib / 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels,stride", [(1024, 1), (1024, 2), (256, 2), (528, 2)])
+def test_results_do_not_depend_on_where_tensors_lie(instruction_set, dtype, channels, stride):
+    """x and the result at the same offset in a page, and a little apart: the channels_last kernel
+    stores in another order there."""
+    page, line = 4096, 64
+    p = problem((1, channels, 6, 7), dtype=dtype, channels_last=True, stride=stride, padding=1)
+    first = p.run()
+    assert_correct(p, first)
+    buffer = torch.empty(p.x.numel() + 2 * page, dtype=dtype)
+    spare = -buffer.data_ptr() % page // buffer.element_size()
+    for apart in (0, line, 2 * line, page - line):
+        for _ in range(20):  # where the result will lie is only a guess
+            offset = (first.data_ptr() - apart) % page // buffer.element_size()
+            x = buffer.as_strided(p.x.shape, p.x.stride(), spare + offset).copy_(p.x)
+            del first
+            first = ops.dwconv_bn_act(x, *p.tensors[1:], **p.constants)
+            if (first.data_ptr() - x.data_ptr()) % page == apart:
+                break
+        assert torch.equal(first, p.run())
 
 
 @pytest.mark.skipif(_free_gib() < 14, reason="needs 14 GiB of free memory")

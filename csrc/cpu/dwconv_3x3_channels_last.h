@@ -177,13 +177,26 @@ struct DotTaps {
 #endif
 
 // A load waits for an earlier store to the same offset in a page of 4 KB, in the belief that it
-// might be the same address. Where pixels lie a multiple of 2 KB apart and x and y begin at the
-// same offset, every load would: the results of a walk are then gathered before they are stored.
-constexpr int64_t kStageColumns = 32;
-MNET_INLINE bool stores_stall_loads(const DwconvCall& call, int64_t size) {
-  const auto offset =
-      reinterpret_cast<std::uintptr_t>(call.y) - reinterpret_cast<std::uintptr_t>(call.x);
-  return !call.stream && call.K * size % 2048 == 0 && (offset + 64) % 2048 < 128;
+// might be the same address. Where pixels lie a multiple of 512 bytes apart, a walk's loads have
+// but few offsets, and its stores likewise.
+struct Aliasing {
+  // x and y begin at the same offset: every load would wait. The results of a walk are gathered
+  // elsewhere in the page before they are stored.
+  bool same;
+  // y's is a little behind: a block's stores would meet the loads of the next.
+  bool next;
+};
+constexpr int64_t kStagePixel = 512, kStageColumns = 56;
+MNET_INLINE Aliasing aliasing_of(const DwconvCall& call, int64_t size) {
+  constexpr int64_t kPage = 4096;
+  const int64_t pixel = call.K * size, lowest_bit = pixel & -pixel;
+  const int64_t period = lowest_bit < kPage ? lowest_bit : kPage;
+  const auto ahead = static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(call.y) -
+                                          reinterpret_cast<std::uintptr_t>(call.x)) &
+                     (period - 1);
+  if (period < kStagePixel || call.stream) return {false, false};
+  const bool costs = call.SH == 2 || period >= 4 * kStagePixel;
+  return {costs && ahead == 0 && call.OW <= kStageColumns, ahead > 0 && ahead <= 128};
 }
 
 // R output rows from oh on, all columns, channels [c_begin, c_end).
@@ -200,23 +213,31 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
   const char* below =
       static_cast<const char*>(call.x) + (n * call.H + ih + (R - 1) * S + 3) * in_row;
   auto* y = static_cast<Elem*>(call.y) + (n * call.OH + oh) * call.OW * call.K;
-  alignas(64) Elem stage[R * kStageColumns * kBlock];
-  const bool staged = call.OW <= kStageColumns && stores_stall_loads(call, kSize);
+  alignas(64) char stage_memory[(kStageColumns + 1) * kStagePixel];
+  const Aliasing alias = aliasing_of(call, kSize);
+  const bool staged = alias.same;
   // What a store might change, to the compiler's mind.
-  const int64_t OW = call.OW, K = call.K, pixel = staged ? kBlock : K;
+  const int64_t OW = call.OW, K = call.K;
+  const int64_t to_pixel = staged ? kStagePixel / kSize : K, to_row = staged ? 64 / kSize : OW * K;
   const bool prefetches = call.prefetch && call.channel_chunks == 1, streams = call.stream;
   const Clamp<float> clamp = clamp_of<float>(call.activation);
   // Columns are counted from the first one that an output reads, in the padding or not.
   const int64_t left = call.left, right = left + call.W, end = (OW - 1) * S + 3;
   const int64_t inside_end = right < end ? right : end;
 
-  for (int64_t next = c_begin; next < c_end; next += kBlock) {
+  const int64_t blocks = (c_end - c_begin + kBlock - 1) / kBlock;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t next = c_begin + (alias.next ? blocks - 1 - block : block) * kBlock;
     // The last block is moved back to end at c_end: some channels are computed twice.
     const int64_t c = next + kBlock <= c_end ? next : c_end - kBlock;
     const Taps taps(call, c);
     using Sum = typename Taps::Sum;
     Sum begun[R] = {}, half[R] = {};  // outputs that lack two columns, and one
     int64_t offset = c * kSize;
+    const auto line = reinterpret_cast<std::uintptr_t>(static_cast<const Elem*>(call.x) + c) -
+                      reinterpret_cast<std::uintptr_t>(stage_memory);
+    auto* const stage = reinterpret_cast<Elem*>(
+        stage_memory + (line + 128) % static_cast<std::uintptr_t>(kStagePixel));
     Elem* to = staged ? stage : y + c;
     // Stride 2: an odd column is the middle one of an output, an even one its first or last.
     auto column = [&](auto odd, bool inside, bool ends) __attribute__((always_inline)) {
@@ -242,9 +263,9 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
           taps.template add<R, S>(done, in, r, 2);
           taps.template add<R, S>(half[r], in, r, 0);
         }
-        if (ends) taps.template finish<Clamped>(call, clamp, streams, to + r * OW * pixel, done);
+        if (ends) taps.template finish<Clamped>(call, clamp, streams, to + r * to_row, done);
       }
-      if (ends) to += pixel;
+      if (ends) to += to_pixel;
     };
     auto inside = [&](int64_t j) { return j >= left && j < inside_end; };
     int64_t j = 0;
@@ -260,8 +281,10 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
     }
     while (j < end) careful_step();
     if (staged)
-      for (int64_t i = 0; i < R * OW; ++i)
-        __builtin_memcpy(y + c + i * K, stage + i * kBlock, kBlock * kSize);
+      for (int64_t r = 0; r < R; ++r)
+        for (int64_t i = 0; i < OW; ++i)
+          __builtin_memcpy(y + (r * OW + i) * K + c, stage + r * to_row + i * to_pixel,
+                           kBlock * kSize);
   }
 }
 

@@ -1,4 +1,5 @@
-// Depthwise convolution, contiguous (N, C, H, W): vectors run over a plane.
+// Depthwise convolution, contiguous (N, C, H, W): vectors run over a plane. 3x3 has a file of its
+// own where there is AVX-512.
 //
 // A block of a plane is first staged in scratch as accumulator values, zero-padded, and split by
 // stride into SH x SW phases, so that a tap is a plain shifted run whatever the stride, dilation
@@ -121,6 +122,8 @@ MNET_INLINE void row_block(const DwconvCall& call, const Acc* staged, int64_t pi
 template <typename Elem>
 static void dw_contiguous(const DwconvCall& call, int64_t begin, int64_t end,
                           void* scratch_memory) {
+  if constexpr (sizeof(Elem) <= 4)
+    if (dw3_contiguous_serves(call)) return dw3_contiguous<Elem>(call, begin, end);
   using Acc = Accumulator<Elem>;
   constexpr int V = kWidth<Acc>;
   constexpr int kBlock = 8;

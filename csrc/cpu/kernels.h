@@ -34,6 +34,8 @@ struct DwconvCall {
   // How the work is cut into tasks (see plan_* in dwconv_bn_act.cpp).
   int64_t channel_chunk, channel_chunks;  // channels_last: a task is an output row of one chunk
   int64_t rows_per_task, row_tasks;       // contiguous: a task is a block of rows of one plane
+  // Elements from one value of the weight to the next, see dwconv_contiguous_is_direct.
+  int64_t weight_channel, weight_row, weight_column;
 };
 
 // A depthwise call in training, or its gradients. Its output is activate(z), z = scale * centred +
@@ -143,7 +145,9 @@ struct Kernels {
   void (*dwconv_contiguous)(const DwconvCall&, int64_t begin, int64_t end, void* scratch);
   // Whether dwconv_channels_last reads this call's weight in x's own type.
   bool (*dwconv_keeps_weight)(const DwconvCall&);
-  // Elements of scratch, of the accumulation type, that a thread of dwconv_contiguous needs.
+  // Whether dwconv_contiguous reads the weight as it is, in x's own type, and needs no scratch.
+  bool (*dwconv_contiguous_is_direct)(const DwconvCall&);
+  // Elements of scratch, of the accumulation type, that a thread of dwconv_contiguous needs else.
   int64_t (*dwconv_contiguous_scratch)(const DwconvCall&);
   void (*conv_channels_last)(const ConvCall&, int64_t begin, int64_t end, void* scratch);
   // Bytes of scratch that a thread of conv_channels_last needs.

@@ -64,8 +64,17 @@ MNET_INLINE Vector<T> broadcast(T value) {
 }
 
 // ---- float16 bits: exact in both directions, round to nearest even -----------------------------
+#if defined(MNET_AVX512)  // which __builtin_convertvector does in halves
+MNET_INLINE VectorU32 widen(VectorU16 v) {
+  return (VectorU32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+}
+MNET_INLINE VectorU16 narrow(VectorU32 v) {
+  return (VectorU16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+}
+#else
 MNET_INLINE VectorU32 widen(VectorU16 v) { return __builtin_convertvector(v, VectorU32); }
 MNET_INLINE VectorU16 narrow(VectorU32 v) { return __builtin_convertvector(v, VectorU16); }
+#endif
 
 MNET_INLINE Vector<float> float_from_f16(VectorU16 half) {
 #if defined(MNET_AVX512)
