@@ -174,6 +174,7 @@ extensions = [
             "csrc/cpu/separable_conv.cpp",
             "csrc/cpu/pair.cpp",
             "csrc/cpu/launch.cpp",
+            "csrc/cpu/result_memory.cpp",
             "csrc/cpu/instruction_sets.cpp",
             "csrc/cpu/active.cpp",
             "csrc/ops.cpp",
