@@ -1,6 +1,7 @@
 #include "result_memory.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -23,9 +24,17 @@ namespace {
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
+// Where results begin, by turns: all on the same line of a page would share the caches' sets.
+constexpr std::size_t kStagger = 4096 + 5 * 64, kStaggers = 16;
+
 struct Block {
   void* data;
   std::size_t bytes;
+
+  void free() const {
+    std::free(
+        reinterpret_cast<void*>(reinterpret_cast<std::uintptr_t>(data) / kHugePage * kHugePage));
+  }
 };
 
 // A sixteenth of the machine's memory, 2 GB at most.
@@ -66,7 +75,7 @@ class Pool {
       surplus.assign(blocks_.begin(), kept);
       blocks_.erase(blocks_.begin(), kept);
     }
-    for (const Block& old : surplus) std::free(old.data);
+    for (const Block& old : surplus) old.free();
   }
 
  private:
@@ -88,11 +97,14 @@ void give_back(void* data, void* bytes) {
 
 void* memory_of(std::size_t bytes) {
   if (void* kept = pool().take(bytes)) return kept;
-  void* data = std::aligned_alloc(kHugePage, (bytes + kHugePage - 1) / kHugePage * kHugePage);
+  static std::atomic<std::size_t> turn{0};
+  const std::size_t offset = turn++ % kStaggers * kStagger;
+  const std::size_t whole = (bytes + offset + kHugePage - 1) / kHugePage * kHugePage;
+  auto* data = static_cast<char*>(std::aligned_alloc(kHugePage, whole));
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (data != nullptr) madvise(data, bytes, MADV_HUGEPAGE);  // a hint: it may fail
+  if (data != nullptr) madvise(data, whole, MADV_HUGEPAGE);  // a hint: it may fail
 #endif
-  return data;
+  return data == nullptr ? nullptr : data + offset;
 }
 
 }  // namespace
