@@ -138,10 +138,10 @@ MNET_INLINE void store(f16* p, Vector<float> v) {
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
-// v in a register: gcc would rather load it again for every use.
+// v in a register, where there are many: gcc would rather load it again for every use.
 template <typename V>
 MNET_INLINE V kept(V v) {
-#if defined(__x86_64__)
+#if defined(MNET_AVX512)
   asm("" : "+v"(v));
 #endif
   return v;
