@@ -176,6 +176,7 @@ extensions = [
             "csrc/cpu/schedule.cpp",
             "csrc/cpu/strip.cpp",
             "csrc/cpu/launch.cpp",
+            "csrc/cpu/result_memory.cpp",
             "csrc/cpu/instruction_sets.cpp",
             "csrc/cpu/active.cpp",
             "csrc/ops.cpp",

@@ -152,6 +152,17 @@ def test_empty_batch():
     assert all(torch.equal(a, b) for a, b in zip(before, running, strict=True))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_ruler_sees_what_is_wrong_on_large_planes(name):
+    """Sums over 100,000 pixels by a ten thousandth."""
+    p = call((4, 5, 160, 160), 3, activation="silu")
+    check(p)
+    outcome = run(p, operator=conv_bn_act_training)
+    outcome.gradients[name].mul_(1 + 1e-4)
+    with pytest.raises(AssertionError, match=rf"^{name}: .* elements are off"):
+        assert_correct(p, outcome, Training(Problem(*p.tensors, p.constants), EPS, dense))
+
+
 # ---- inside torch ----
 def test_opcheck():
     p = call((2, 6, 9, 8), 10)

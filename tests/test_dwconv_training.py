@@ -9,7 +9,7 @@ import rulers
 import torch
 from torch import nn
 from torch.library import opcheck
-from training_rulers import NAMES, assert_correct, problem, run
+from training_rulers import NAMES, assert_correct, forward, problem, run
 
 from mnet_kernels import backends, dwconv_bn_act_training
 from mnet_kernels import dwconv_training as module
@@ -168,9 +168,15 @@ def test_strides(channels_last):
 
 
 @both_layouts
-@pytest.mark.parametrize("kernel,stride,size", [(3, 2, 8), (2, 4, 9)])  # by rows, planes
-def test_what_no_output_reads_does_not_matter(channels_last, kernel, stride, size):
-    p = problem((2, 17, size, size), (kernel, kernel), channels_last=channels_last, stride=stride)
+@pytest.mark.parametrize(
+    "kernel,stride,size,multiplier",
+    [(3, 2, 8, 1), (2, 4, 9, 1), (3, 2, 8, 2)],  # by rows; planes; where zeros of a plane meet it
+)
+def test_what_no_output_reads_does_not_matter(channels_last, kernel, stride, size, multiplier):
+    p = problem(
+        (2, 17, size, size), (kernel, kernel), channels_last=channels_last, stride=stride,
+        multiplier=multiplier,
+    )  # fmt: skip
     read = (p.dy.shape[2] - 1) * stride + kernel
     assert read < size
     outcomes = []
@@ -347,12 +353,27 @@ def test_backends_that_cannot_serve():
             dwconv_bn_act_training(X, WEIGHT, backend=name)
 
 
+def sees(p, name, wrong) -> None:
+    outcome = run(p)
+    wrong(outcome.y if name == "y" else outcome.gradients[name])
+    with pytest.raises(AssertionError, match=rf"^{name}: .* elements are off"):
+        assert_correct(p, outcome)
+
+
 @pytest.mark.parametrize("name", ["y", *NAMES])
 def test_the_ruler_sees_what_is_wrong(name):
     """An element by less than a thousandth; everything by a ten thousandth."""
     p = problem((2, 8, 6, 6), padding=1)
-    for wrong in (lambda t: t.view(-1)[0].add_(1e-3), lambda t: t.mul_(1 + 1e-4)):
-        outcome = run(p)
-        wrong(outcome.y if name == "y" else outcome.gradients[name])
-        with pytest.raises(AssertionError, match=rf"^{name}: .* elements are off"):
-            assert_correct(p, outcome)
+    sees(p, name, lambda t: t.view(-1)[0].add_(1e-3))
+    sees(p, name, lambda t: t.mul_(1 + 1e-4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("activation", ["relu6", "silu"])
+def test_the_ruler_sees_what_is_wrong_on_large_planes(activation, name):
+    """Sums over 100,000 pixels by a ten thousandth. At a kink both derivatives would be right."""
+    p = problem((4, 3, 160, 160), padding=1, activation=activation)
+    z = forward(p.training)[-1]
+    p.dy[(z.abs() < 1e-4) | ((z - 6).abs() < 1e-4)] = 0
+    assert_correct(p, run(p))
+    sees(p, name, lambda t: t.mul_(1 + 1e-4))

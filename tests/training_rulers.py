@@ -3,9 +3,11 @@ activation, and one formula of tolerance, derived from the dtype's rounding.
 
 Rounding errors are followed from the convolution (as in rulers.py) through statistics, activation
 and backward. Those of different elements are independent: what adds many of them up has the root
-of the sum of their squares. Those of a channel's statistics are shared by all its elements and add
-up themselves. A result may be off by SIGMAS times what comes out. At a kink both derivatives are
-right.
+of the sum of their squares. Those of a channel's statistics are shared by all its elements: a sum
+over them is off by the error times the sum of what it is multiplied by, signs included. A sum's own
+roundings are in proportion to its partial sums, not to the sum of its terms' magnitudes. So what is
+allowed of a gradient over 100,000 pixels is a hundred thousandth of its usual size. A result may be
+off by SIGMAS times what comes out. At a kink both derivatives are right.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from mnet_kernels import dwconv_bn_act_training, reference
 
 NAMES = ("x", "weight", "gamma", "beta")
 SIGMAS = 6
+#: Terms of the longest run that is summed one by one; the sums of runs are added up.
+RUN = 1024
 #: The largest second derivative of the activations that are no straight lines.
 CURVATURE = {"silu": 0.5, "hardswish": 1 / 3}
 
@@ -92,19 +96,22 @@ class _Errors:
         self.conv = conv = t.convolve(p, self.x, self.weight)
         self.y, self.mean, self.var, self.z = forward(t)
         self.pixels = n = conv.numel() // conv.shape[1]
-        #: Of a sum over pixels, in steps of the sum of its terms' magnitudes.
-        self.of_sum = (4 + n**0.5 / 2) * u
         taps = self.weight[0].numel()
         gamma = torch.ones_like(self.mean) if gamma is None else gamma
         beta = torch.zeros_like(self.mean) if beta is None else beta
 
         conv_i = (taps + 2) ** 0.5 * u * t.convolve(p, self.x.abs(), self.weight.abs())
         centred = conv - _each(self.mean)
-        self.mean_s = _sums(conv_i**2).sqrt() / n + self.of_sum * _sums(centred.abs()) / n
-        self.mean_s = self.mean_s + u * self.mean.abs()
+        # Summed is the distance from a pivot that is a standard deviation from the mean at most.
+        std = self.var.sqrt()
+        self.mean_s = _sums(conv_i**2).sqrt() / n + u * self.mean.abs()
+        self.mean_s = self.mean_s + self.of_sum(2 * n * self.var, n * std) / n
         self.var_s = 2 * _sums((centred * conv_i) ** 2).sqrt() / n + _sums(conv_i**2) / n
-        self.var_s = self.var_s + self.mean_s**2 + 2 * self.of_sum * self.var
-        inverse = (self.var + t.eps).rsqrt()
+        squares = 2 * (centred**2 + _each(self.var))
+        self.var_s = (
+            self.var_s + self.mean_s**2 + self.of_sum(_sums(squares**2), _sums(squares)) / n
+        )
+        self.inverse = inverse = (self.var + t.eps).rsqrt()
         self.relative = self.var_s / (self.var + t.eps) / 2 + 4 * u  # of 1 / std
         self.scale = _each(gamma * inverse)
         self.hat = centred * _each(inverse)
@@ -113,8 +120,19 @@ class _Errors:
         # z is computed as conv * scale + (beta - mean * scale).
         weight = _each(gamma.abs())
         self.z_i = weight * self.hat_i + 2 * u * (self.scale * conv).abs()
-        self.z_s = weight * self.hat_s + 2 * u * (self.scale.abs() * _each(self.mean.abs()))
-        self.z_s = self.z_s + 2 * u * _each(beta.abs())
+        #: What is shared: all of a channel by the one, in proportion to hat by the other.
+        self.z_moved = (gamma * inverse).abs() * (self.mean_s + 2 * u * self.mean.abs())
+        self.z_moved = self.z_moved + 2 * u * beta.abs()
+        self.z_stretched = gamma.abs() * self.relative
+        self.z_s = _each(self.z_moved) + self.hat.abs() * _each(self.z_stretched)
+
+    def of_sum(self, squares: Tensor, total: Tensor) -> Tensor:
+        """Of a sum over pixels, from the sum of its terms' squares and the sum itself: the root of
+        the sum of squares of its partial sums, in steps. In a run, and from run to run, they walk
+        at random, and climb by what the terms have in common."""
+        n, m = self.pixels, min(self.pixels, RUN)
+        walks, climbs = (m + n / m) / 2, (n / m + m**2 / n) / 3
+        return self.step * ((walks * squares + climbs * total**2).sqrt() + 2 * total.abs())
 
     def forward(self) -> dict[str, Tensor]:
         inner = 1.5 * (self.z_i + self.z_s) + 8 * self.step * self.y.abs()  # |act'| is at most 1.5
@@ -123,23 +141,41 @@ class _Errors:
     def backward(self, dy: Tensor) -> dict[str, Tensor]:
         p, u, n = self.t.problem, self.step, self.pixels
         z = self.z.detach().requires_grad_()
-        (dz,) = torch.autograd.grad(_activated(self.t, z), z, dy)
         activation = p.constants.get("activation", "relu")
-        curved, near = CURVATURE.get(activation, 0), torch.zeros_like(dy)
+        curved, near, bent = (
+            CURVATURE.get(activation, 0),
+            torch.zeros_like(dy),
+            torch.zeros_like(dy),
+        )
+        (dz,) = torch.autograd.grad(_activated(self.t, z), z, dy, create_graph=curved > 0)
+        if curved:
+            (bent,) = torch.autograd.grad(dz.sum(), z)
+            dz = dz.detach()
         for kink in KINKS.get(activation, ()):
             near[(self.z - kink).abs() <= SIGMAS * (self.z_i + self.z_s)] = 1
-        hat, dy = self.hat.abs(), dy.abs()
+        signed, hat, dy = dz, self.hat.abs(), dy.abs()
         dz_i = curved * dy * self.z_i + (8 if curved else 2) * u * dy
         dz_s, dz_near = curved * dy * self.z_s, 1.5 * dy * near
         dbeta, dgamma = _sums(dz), _sums(dz * self.hat)
         dz = dz.abs()
 
-        def of_sum(i: Tensor, s: Tensor, terms: Tensor) -> Tensor:
-            return _sums(i**2).sqrt() + _sums(s) + self.of_sum * _sums(terms)
+        def of_sum(i: Tensor, terms: Tensor, total: Tensor) -> Tensor:
+            return _sums(i**2).sqrt() + self.of_sum(_sums(terms**2), total)
 
-        dbeta_s, dbeta_near = of_sum(dz_i, dz_s, dz), _sums(dz_near)
+        def by_z(add_up: Callable[[Tensor], Tensor], each: Callable[[Tensor], Tensor]) -> Tensor:
+            """What z's shared error makes of a sum."""
+            moved = add_up(bent).abs() * each(self.z_moved)
+            return moved + add_up(bent * self.hat).abs() * each(self.z_stretched)
+
+        def same(values: Tensor) -> Tensor:
+            return values
+
+        dbeta_s, dbeta_near = of_sum(dz_i, dz, dbeta) + by_z(_sums, same), _sums(dz_near)
         dgamma_i, dgamma_near = dz_i * hat + dz * self.hat_i, _sums(dz_near * hat)
-        dgamma_s = of_sum(dgamma_i, dz_s * hat + dz * self.hat_s, dz * hat)
+        dgamma_s = of_sum(dgamma_i, dz * hat, dgamma)
+        dgamma_s = dgamma_s + by_z(lambda t: _sums(t * self.hat), same)
+        mean_s = self.mean_s * self.inverse  # of hat, besides its relative error
+        dgamma_s = dgamma_s + dbeta.abs() * mean_s + dgamma.abs() * self.relative
         terms = dz + (_each(dbeta.abs()) + hat * _each(dgamma.abs())) / n
         inner_i = dz_i + self.hat_i * _each(dgamma.abs()) / n + 4 * u * terms
         inner_s = dz_s + (_each(dbeta_s) + hat * _each(dgamma_s)) / n
@@ -156,16 +192,30 @@ class _Errors:
             return torch.autograd.grad(self.t.convolve(p, *inputs), inputs, dconv)
 
         squares = reaching(self.x**2, self.weight**2, dconv_i**2)
-        shared = reaching(self.x.abs(), self.weight.abs(), dconv_s)
+        shared = reaching(self.x.abs(), self.weight.abs(), dconv_s)[0]
         beside = reaching(self.x.abs(), self.weight.abs(), scale * inner_near)
-        magnitudes = reaching(self.x.abs(), self.weight.abs(), scale * terms)
-        roundings = ((self.weight.numel() // self.x.shape[1] + 8) ** 0.5 * u, self.of_sum)
-        dx, dweight = (
-            SIGMAS * (i.sqrt() + s + rounding * m) + kinks
-            for i, s, m, rounding, kinks in zip(
-                squares, shared, magnitudes, roundings, beside, strict=True
-            )
+        magnitudes = reaching(self.x.abs(), self.weight.abs(), scale * terms)[0]
+        rounding = (self.weight.numel() // self.x.shape[1] + 8) ** 0.5 * u
+        dx = SIGMAS * (squares[0].sqrt() + shared + rounding * magnitudes) + beside[0]
+
+        def to_weight(x: Tensor, dconv: Tensor) -> Tensor:
+            return reaching(x, self.weight, dconv)[1]
+
+        def each(values: Tensor) -> Tensor:
+            return values.view(-1, 1, 1, 1)
+
+        dconv = self.scale * (signed - (_each(dbeta) + self.hat * _each(dgamma)) / n)
+        exact = to_weight(self.x, dconv)
+        shared = to_weight(self.x, self.scale.expand_as(dz)).abs() * each(
+            (dbeta_s + 2 * u * dbeta.abs() + dgamma.abs() * mean_s) / n
         )
+        shared = shared + to_weight(self.x, self.scale * self.hat).abs() * each(
+            (dgamma_s + dgamma.abs() * (self.relative + 2 * u)) / n
+        )
+        shared = shared + exact.abs() * each(self.relative)
+        shared = shared + by_z(lambda t: to_weight(self.x, self.scale * t), each)
+        rounded = self.of_sum(to_weight(self.x**2, dconv**2), exact)
+        dweight = SIGMAS * (squares[1].sqrt() + shared + rounded) + beside[1]
         return {
             "x": dx,
             "weight": dweight,

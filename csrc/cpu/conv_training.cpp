@@ -104,6 +104,8 @@ void convolution_gradients(Training& training, const Tensor& weight, Tensor& dwe
   const int64_t V = training.kernels.width, R = training.kernels.gradient_rows;
   const int64_t values = call.K * call.C, blocks = training.blocks();
   call.slabs = values > kSmall ? 1 : std::min(blocks, 4 * values > kSmall ? kTasks / 2 : kTasks);
+  // Slabs write a gradient of the weight each, chunks the operands.
+  if (2 * call.slabs * values > call.P * (call.C + call.K)) call.slabs = 1;
   const int64_t fit = std::max(kChunk / (call.C + call.K) / call.block, int64_t{1});
   const int64_t chunk = (call.slabs > 1 ? 1 : std::min(fit, blocks)) * call.block;
   // A line more, so that panels do not share cache sets.
@@ -117,11 +119,15 @@ void convolution_gradients(Training& training, const Tensor& weight, Tensor& dwe
     float* sums = training.pack(weight, true, call.slabs * values);
     float* total = std::exchange(call.dweight, sums);
     training.run(training.kernels.conv_slab_gradients, call.slabs);
-    for (int64_t i = 0; i < values; ++i) {
-      float sum = sums[i];
-      for (int64_t slab = 1; slab < call.slabs; ++slab) sum += sums[slab * values + i];
-      total[i] = sum;
-    }
+    constexpr int64_t kPart = 4096;
+    share(ceil_div(values, kPart), training.threads, [&](int64_t begin, int64_t end) {
+      const int64_t last = std::min(end * kPart, values);
+      for (int64_t i = begin * kPart; i < last; ++i) {
+        float sum = sums[i];
+        for (int64_t slab = 1; slab < call.slabs; ++slab) sum += sums[slab * values + i];
+        total[i] = sum;
+      }
+    });
     return;
   }
   call.d_panels = training.pack(weight, true, call.d_floats + call.x_floats);

@@ -40,7 +40,7 @@ struct TrainingRows : StagedRows<Elem, K, S> {
           const float* from = row[kh] + ow * S * pitch + v;
           Vec in[(T - 1) * S + K];
 #pragma GCC unroll 32
-          for (int j = 0; j < (T - 1) * S + K; ++j) in[j] = load(from + j * pitch);
+          for (int j = 0; j < (T - 1) * S + K; ++j) in[j] = kept(load(from + j * pitch));
 #pragma GCC unroll 5
           for (int kw = 0; kw < K; ++kw) {
             const Vec w = load(weight + (kh * K + kw) * pitch + v);
@@ -237,7 +237,7 @@ struct TrainingRows : StagedRows<Elem, K, S> {
           const float* from = row[kh] + (q + (K - 1) - (K - 1) / S) * pitch + v;
           Vec d[kColumns];
 #pragma GCC unroll 32
-          for (int j = 0; j < kColumns; ++j) d[j] = load(from + j * pitch);
+          for (int j = 0; j < kColumns; ++j) d[j] = kept(load(from + j * pitch));
 #pragma GCC unroll 5
           for (int kw = 0; kw < K; ++kw) {
             constexpr int kLast = (K - 1) / S;

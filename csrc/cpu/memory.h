@@ -5,11 +5,8 @@
 #include <cstdint>
 #include <memory>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "../tensor.h"
+#include "result_memory.h"
 
 namespace mnet::cpu {
 
@@ -31,22 +28,6 @@ void* scratch_bytes(std::size_t bytes) {
     size = bytes + 64;
   }
   return align_line(memory.get());
-}
-
-// A result that may be large. Its memory is new more often than not, and every page of it costs a
-// fault when it is first written: huge ones, where the system leaves the choice to the program.
-inline Tensor empty_result(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W,
-                           Layout layout) {
-  Tensor t = empty_4d(like, N, C, H, W, layout);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kPage = 4096, kFrom = std::uintptr_t{2} << 20;
-  const auto begin = reinterpret_cast<std::uintptr_t>(t.mutable_data_ptr());
-  const std::uintptr_t bytes = static_cast<std::uintptr_t>(t.numel()) * t.element_size();
-  if (bytes >= kFrom)  // a hint: that it fails is of no matter
-    madvise(reinterpret_cast<void*>(begin / kPage * kPage + kPage), bytes / kPage * kPage - kPage,
-            MADV_HUGEPAGE);
-#endif
-  return t;
 }
 
 // Whether a call's result had better bypass the caches: input and output together are beyond what a

@@ -147,6 +147,15 @@ MNET_INLINE void store(f16* p, Vector<float> v) {
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
 
+// v in a register, where there are many: gcc would rather load it again for every use.
+template <typename V>
+MNET_INLINE V kept(V v) {
+#if defined(MNET_AVX512)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // v as it would be read back.
 template <typename Elem>
 MNET_INLINE Vector<Accumulator<Elem>> rounded(Vector<Accumulator<Elem>> v) {
