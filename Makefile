@@ -52,9 +52,11 @@ demo: install $(VENV)/.demo-weights
 	@echo "== native PyTorch against the swapped kernels"
 	@$(BIN)/mnet-kernels demo
 
+# Files of tests side by side, the longest first (tests/conftest.py).
+WORKERS ?= auto
 test: install $(VENV)/.demo-weights
 	@echo "== running the tests"
-	@$(BIN)/python -m pytest $(PYTEST)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 # Every engine on its own: one that cannot be had is a line in the result, not an error.
 $(VENV)/.bench-peers: $(VENV)/.packages
