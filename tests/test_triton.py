@@ -102,8 +102,8 @@ def test_the_oldest_triton_interprets_and_compiles(tmp_path):
         assert kernel["stack"] == 0, kernel
         assert kernel["wide_loads"] > 0
     for files, share, expression in [
-        (("test_dwconv_bn_act.py",), "5/60", "fast_paths or any_kernel"),
-        (("test_fused_gradients.py",), "3/25", "fast_paths or any_kernel"),
+        (("test_dwconv_bn_act.py",), "5/12", "fast_paths or any_kernel or activations"),
+        (("test_fused_gradients.py",), "1/4", ""),
     ]:
         command, environment = interpreter_command(files, share, expression)
         done = subprocess.run(
@@ -111,4 +111,4 @@ def test_the_oldest_triton_interprets_and_compiles(tmp_path):
             capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
-        assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 3
+        assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 30

@@ -166,12 +166,11 @@ def _programs(y_ptr, FAULT: tl.constexpr):
     """y_ptr: (programs, 4) int32; element j of program i becomes j + (j + 1) + ... i terms."""
     i = tl.program_id(0)
     lanes = tl.arange(0, 4)
+    if FAULT == "branch" and i > 70:
+        lanes += 1
     sum = tl.full((4,), 0, tl.int32)
     for turn in range(0, i):
         sum += turn + lanes
-    if FAULT == "branch":
-        if i > 70:
-            sum += 1
     if FAULT == "overflow":
         sum = i * 2**25
     tl.store(y_ptr + i * 4 + lanes, sum)

@@ -220,9 +220,9 @@ KERNEL_SIZES = [(taps, stride) for taps in (7, 5, 3) for stride in (1, 2)]
 
 
 def every_configuration() -> list[Case]:
-    """What autotuning may choose on the SHAPES: each patch for every target. In channels_last, where
-    patches are paid for in registers, with the largest kernel that may have it, and for sm_90 with
-    every size and stride of kernel; in contiguous with the smallest."""
+    """What autotuning may choose on the SHAPES: each patch for every target. In channels_last,
+    where patches are paid for in registers, with the largest kernel that may have it, and for sm_90
+    with every size and stride of kernel; in contiguous with the smallest."""
     found = {}
     for last, kernel, dtype in product(
         (True, False), KERNELS | TRAINING, (torch.bfloat16, torch.float32)
