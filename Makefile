@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what it imports; of 20,000 files most never are.
+export PIP_NO_COMPILE := 1
 # Known-good versions for the demo, the tests and the benchmarks; users are free (torch>=2.10).
 PINS := -c constraints.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -52,7 +54,7 @@ demo: install $(VENV)/.demo-weights
 	@echo "== native PyTorch against the swapped kernels"
 	@$(BIN)/mnet-kernels demo
 
-# Files of tests side by side, the longest first (tests/conftest.py).
+# Files of tests side by side, the longest first (tests/conftest.py); WORKERS=0: one process.
 WORKERS ?= auto
 test: install $(VENV)/.demo-weights
 	@echo "== running the tests"

@@ -51,12 +51,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    torch.manual_seed(20261123)  # tensors in the names of cases: the same for every worker
     if config.getoption("--backend") == "triton":
         rulers.use_triton_interpreter()
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
+    if hasattr(config, "workerinput"):  # one of several processes
+        items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
     if config.getoption("--share") is None:
         return
     first, step = map(int, config.getoption("--share").split("/"))

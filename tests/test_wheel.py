@@ -36,7 +36,7 @@ def test_built_under_one_torch_runs_under_another(tmp_path):
     pins = tmp_path / "pins.txt"
     pins.write_text(f"torch=={BUILD_TORCH}\n")
     # pip reads the one or the other, by its age, for the packages that the build needs.
-    once = os.environ | {"PIP_NO_COMPILE": "1"}  # most of torch is never imported
+    once = os.environ | {"PIP_NO_COMPILE": "1"}  # Python compiles what it imports
     isolated = once | {"PIP_CONSTRAINT": str(pins), "PIP_BUILD_CONSTRAINT": str(pins)}
     # Where there is nvcc, for one architecture only: a wheel's six take minutes.
     isolated |= {"TORCH_CUDA_ARCH_LIST": "8.0+PTX"}
