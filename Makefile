@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles what it imports; of 20,000 files most never are.
+export PIP_NO_COMPILE := 1
 # Known-good versions for the demo, the tests and the benchmarks; users are free (torch>=2.10).
 PINS := -c constraints.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -52,9 +54,11 @@ demo: install $(VENV)/.demo-weights
 	@echo "== native PyTorch against the swapped kernels"
 	@$(BIN)/mnet-kernels demo
 
+# Files of tests side by side, the longest first (tests/conftest.py); WORKERS=0: one process.
+WORKERS ?= auto
 test: install $(VENV)/.demo-weights
 	@echo "== running the tests"
-	@$(BIN)/python -m pytest $(PYTEST)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 # Every engine on its own: one that cannot be had is a line in the result, not an error.
 $(VENV)/.bench-peers: $(VENV)/.packages

@@ -343,6 +343,13 @@ def network_row(name: str, batch: int, dtype: str, compile_too: bool) -> _Row:
         "eager channels_last": (model_last, last),
         "eager contiguous": (model, x),
     }
+    if backends.why_not("triton", device=DEVICE) is None:
+        second = swap(model_last, backend="triton")
+        try:
+            second(last)  # compiles and tunes
+            ways["ours channels_last, triton"] = second, last
+        except Exception as error:  # the other ways still count
+            print(f"{name}, triton: {type(error).__name__}: {error}")
     if compile_too:
         torch._dynamo.reset()
         run = compiled(model_last, last)

@@ -18,7 +18,8 @@ def table(result: dict[str, Any]) -> str:
     for name, stage in stages.items():
         verdict = stage.get("left_out") or ("passed" if stage["passed"] else "FAILED")
         lines.append(f"- {name}: {verdict} {stage.get('counts', '')}")
-    lines += _layers(stages.get("layers", {}).get("rows", []))
+    layers = stages.get("layers", {}).get("rows", [])
+    lines += _goals(layers) + _layers(layers)
     rows = stages.get("separable", {}).get("rows", [])
     if rows:
         lines += _head(list(rows[0]["table"]))
@@ -38,6 +39,30 @@ def table(result: dict[str, Any]) -> str:
                 f"| {row['images_per_s_graph'][way]:.0f} | {row['peak_bytes'][way] / 1e6:.0f} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _goals(rows: list[dict[str, Any]]) -> list[str]:
+    """How far the layers are where they are meant to be."""
+    lines = []
+    for way in ("channels_last", "channels_last, triton"):
+        found = [row for row in rows if way in row]
+        large = [
+            row[way]["fraction_of_copy"] for row in found
+            if (row["model"], row["batch"], row["dtype"]) == ("mobilenet_v1", 256, "bfloat16")
+        ]  # fmt: skip
+        if large:
+            lines.append(
+                f"- {way}: {sum(part >= 0.85 for part in large)} of {len(large)} V1 layers at "
+                f"batch 256 in bfloat16 reach 85 % of copy speed, the slowest {min(large):.0%}"
+            )
+        compiled = [row[way]["against_compile"]["median"] for row in found
+                    if "against_compile" in row[way]]  # fmt: skip
+        if compiled:
+            lines.append(
+                f"- {way}: slower than torch.compile in {sum(ratio < 1 for ratio in compiled)} of "
+                f"{len(compiled)} rows, the slowest {min(compiled):.2f}x"
+            )
+    return lines
 
 
 def _cells(found: dict[str, Any] | None, us: float) -> list[str]:

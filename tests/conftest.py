@@ -31,17 +31,34 @@ else:
 INSTRUCTION_SETS = tuple(_C.build_info()["instruction_sets"])
 
 
+#: Files of minutes, most of them in other processes: begun first.
+LONGEST = (
+    "test_wheel.py", "test_cuda_emulation.py", "test_cuda_machine_code.py", "test_triton.py",
+    "test_triton_machine_code.py", "test_cuda_emulation_backward.py",
+    "test_cuda_emulation_training.py",
+)  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """One more than cores: a worker often waits for a process, and that one for the network."""
+    return min(os.cpu_count() or 1, 8) + 1
+
+
 def pytest_addoption(parser):
     parser.addoption("--backend", choices=["triton"], help="run the operator tests on this backend")
     parser.addoption("--share", help="I/N: of every parametrised test, each N-th case from I on")
 
 
 def pytest_configure(config):
+    torch.manual_seed(20261123)  # tensors in the names of cases: the same for every worker
     if config.getoption("--backend") == "triton":
         rulers.use_triton_interpreter()
 
 
 def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # one of several processes
+        items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
     if config.getoption("--share") is None:
         return
     first, step = map(int, config.getoption("--share").split("/"))

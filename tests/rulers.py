@@ -28,49 +28,13 @@ BACKEND: str | None = None
 
 
 def use_triton_interpreter() -> None:
-    """Sends the operator tests to the Triton backend. Triton's interpreter cuts a float32 off to
-    bfloat16 where every GPU rounds it, and more: mended here."""
+    """Sends the operator tests to the Triton backend."""
     global BACKEND, DTYPES
-    from triton.runtime import interpreter
+    import triton_interpreter
 
     BACKEND = "triton"
     DTYPES = tuple(d for d in DTYPES if d != torch.float64)
-    convert = interpreter._convert_float
-
-    def exact(values, source, target, rounding):
-        flat = values.reshape(-1)
-        if (source.name, target.name) == ("fp32", "bf16"):
-            narrow = torch.from_numpy(flat.copy()).bfloat16()
-            return narrow.view(torch.int16).numpy().view("uint16").reshape(values.shape)
-        if (source.name, target.name) == ("bf16", "fp32"):
-            wide = torch.from_numpy(flat.copy().view("int16")).view(torch.bfloat16).float()
-            return wide.numpy().reshape(values.shape)
-        return convert(values, source, target, rounding)
-
-    interpreter._convert_float = exact
-
-    # It multiplies matrices of bfloat16 by their bits.
-    dot = interpreter.InterpreterBuilder.create_dot
-
-    def product(self, a, b, *rest):
-        wide = interpreter.tl.float32
-        a, b = (
-            interpreter.TensorHandle(exact(t.data, t.dtype.scalar, wide, None), wide)
-            if t.dtype.scalar.name == "bf16" else t
-            for t in (a, b)
-        )  # fmt: skip
-        return dot(self, a, b, *rest)
-
-    interpreter.InterpreterBuilder.create_dot = product
-
-    # It also prepares triton.language again at every call within a kernel: most of the time.
-    call = interpreter.InterpretedFunction.__call__
-
-    def prepared(self, *args, **kwargs):
-        ours = self.fn.__module__.startswith("mnet_kernels.")
-        return self.rewrite()(*args, **kwargs) if ours else call(self, *args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = prepared
+    triton_interpreter.mend()
 
 
 @dataclass

@@ -249,7 +249,7 @@ def test_processes_share_the_pictures_and_count_each_once(pictures):
         for rank in range(2)
     ]
     for process in processes:
-        output, error = process.communicate(timeout=90)
+        output, error = process.communicate(timeout=600)
         assert process.returncode == 0, error
         result = json.loads(output)
         assert (result["images"], result["processes"]) == (35, 2)

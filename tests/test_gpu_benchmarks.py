@@ -90,6 +90,21 @@ def test_layers(gpu):
     assert line.count("%") == 4 and "WRONG" not in line
 
 
+def test_goals_are_told(gpu):
+    gpu, _, _ = gpu
+    rows = [
+        {"model": "mobilenet_v1", "shape": list(SHAPE[:5]), "batch": batch, "dtype": "bfloat16",
+         "cold": True, "best_peer": "p", "us": {"p": {"median": 1.0}}, "error": {},
+         "triton_first_call_s": {},
+         "channels_last, triton": {"fraction_of_copy": part, "against_compile": {"median": by},
+                                   "against_best_peer": {"median": by}}}
+        for batch, part, by in ((256, 0.9, 1.5), (256, 0.8, 1.1), (1, 0.1, 0.97))
+    ]  # fmt: skip
+    table = gpu.table({"environment": FACTS, "stages": {"layers": {"passed": True, "rows": rows}}})
+    assert "triton: 1 of 2 V1 layers at batch 256 in bfloat16 reach 85 % of copy" in table
+    assert "triton: slower than torch.compile in 1 of 3 rows, the slowest 0.97x" in table
+
+
 NCU = """==PROF== Profiling "dwconv_channels_last_stream"
 "ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
 "0","dwconv_channels_last_stream","Speed Of Light","DRAM Throughput","%","81.2"

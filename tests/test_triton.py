@@ -1,8 +1,6 @@
-"""The Triton backend without a GPU: the operator tests in Triton's interpreter.
+"""The Triton backend without a GPU: the operator tests in Triton's interpreter, all of them.
 
-Triton reads TRITON_INTERPRET when it is imported, so they run in a Python of their own, and a
-share of the table only: the interpreter takes a second a call. All of it:
-``TRITON_INTERPRET=1 pytest --backend triton tests/test_dwconv_bn_act.py ...``.
+Triton reads TRITON_INTERPRET when it is imported, so they run in Pythons of their own.
 """
 
 from __future__ import annotations
@@ -22,20 +20,19 @@ if rulers.BACKEND == "triton":
     pytest.skip("starts what runs here", allow_module_level=True)
 
 TESTS = Path(__file__).parent
-#: Tests, which cases of them, and which of them not.
+#: Threads, prefetching and files of 14 GiB are the cpu backend's; the interpreter has no fused
+#: multiply-add, which native's accuracy rests on.
+NOT_TRITONS = "not threads and not beyond and not 2_to_31 and not no_less_accurate"
+#: Tests, which part of them, and which of them.
 RUNS = {
-    "fast paths": (("test_dwconv_bn_act.py",), "2/17", "fast_paths"),
-    # Threads, prefetching and files of 14 GiB are the cpu backend's; the interpreter has no fused
-    # multiply-add, which native's accuracy rests on.
-    "operator": (
-        ("test_dwconv_bn_act.py",), "1/7",
-        "not fast_paths and not threads and not beyond and not 2_to_31 and not no_less_accurate",
-    ),
-    "gradients": (("test_fused_gradients.py",), "0/5", ""),
-    "training": (("test_triton_training.py",), "0/3", ""),
-    "separable": (("test_triton_separable.py",), "0/2", ""),
+    "operator": (("test_dwconv_bn_act.py",), "0/2", NOT_TRITONS),
+    "operator, the other half": (("test_dwconv_bn_act.py",), "1/2", NOT_TRITONS),
+    "gradients": (("test_fused_gradients.py",), "0/1", ""),
+    "training": (("test_triton_training.py",), "0/1", ""),
+    "separable": (("test_triton_separable.py",), "0/1", ""),
+    "device": (("test_triton_device.py",), "0/1", ""),
     "torch": (("test_triton_in_torch.py", "test_bad_input.py"), "0/1", ""),
-}  # fmt: skip
+}
 
 
 #: Ships with torch 2.10; its interpreter needs a NumPy that still takes arrays of one for ints.
@@ -54,7 +51,7 @@ def interpreter_command(
 
 @pytest.fixture(scope="module")
 def interpreted():
-    """All runs at once: each computes on one core."""
+    """All runs at once, begun with the first: each computes on one core."""
     running = {}
     for name in RUNS:
         command, environment = interpreter_command(*RUNS[name])
@@ -105,8 +102,8 @@ def test_the_oldest_triton_interprets_and_compiles(tmp_path):
         assert kernel["stack"] == 0, kernel
         assert kernel["wide_loads"] > 0
     for files, share, expression in [
-        (("test_dwconv_bn_act.py",), "5/60", "fast_paths or any_kernel"),
-        (("test_fused_gradients.py",), "3/25", "fast_paths or any_kernel"),
+        (("test_dwconv_bn_act.py",), "5/12", "fast_paths or any_kernel or activations"),
+        (("test_fused_gradients.py",), "1/4", ""),
     ]:
         command, environment = interpreter_command(files, share, expression)
         done = subprocess.run(
@@ -114,4 +111,4 @@ def test_the_oldest_triton_interprets_and_compiles(tmp_path):
             capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
-        assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 3
+        assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 30

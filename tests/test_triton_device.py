@@ -1,8 +1,7 @@
 """The Triton backend on a GPU: kernels as compiled there, and what only a device can show.
 
 Tests of values take one of the configurations that fit, always the same one: to tune every layer
-here would take minutes. Without a GPU the interpreter runs them on the CPU (slowly):
-``TRITON_INTERPRET=1 pytest --backend triton --share 0/9 tests/test_triton_device.py``.
+here would take minutes. Without a GPU the interpreter runs them on the CPU: test_triton.py.
 """
 
 from __future__ import annotations

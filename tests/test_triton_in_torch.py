@@ -18,7 +18,8 @@ from torch.library import opcheck
 
 from mnet_kernels import backends, explain, ops, swap
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = triton.language
 CONSTANTS = ((2, 1), (0, 1, 2, 1), (1, 1), "hardswish", 0.01)
 
 interpreted = pytest.mark.skipif(
@@ -158,6 +159,37 @@ def test_every_configuration(monkeypatch):
                 rulers.assert_gradients_correct(
                     p, dy, dict(zip(("x", "weight"), found, strict=True))
                 )
+
+
+@triton.jit
+def _programs(y_ptr, FAULT: tl.constexpr):
+    """y_ptr: (programs, 4) int32; element j of program i becomes j + (j + 1) + ... i terms."""
+    i = tl.program_id(0)
+    lanes = tl.arange(0, 4)
+    if FAULT == "branch" and i > 70:
+        lanes += 1
+    sum = tl.full((4,), 0, tl.int32)
+    for turn in range(0, i):
+        sum += turn + lanes
+    if FAULT == "overflow":
+        sum = i * 2**25
+    tl.store(y_ptr + i * 4 + lanes, sum)
+
+
+@interpreted
+def test_programs_of_the_interpreter_whose_loops_differ_run_apart():
+    y = torch.full((100, 4), -1, dtype=torch.int32)
+    _programs[(100,)](y, "none")
+    i, j = torch.arange(100)[:, None], torch.arange(4)
+    assert torch.equal(y.long(), i * (i - 1) // 2 + i * j)
+
+
+@interpreted
+@pytest.mark.parametrize("fault", ["branch", "overflow"])
+def test_the_interpreter_sees(fault):
+    y = torch.zeros(100, 4, dtype=torch.int32)
+    with pytest.raises(Exception, match={"branch": "branches", "overflow": "overflows"}[fault]):
+        _programs[(100,)](y, fault)
 
 
 @traced

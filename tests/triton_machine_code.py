@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import csv
 import hashlib
+import inspect
 import json
 import re
 import subprocess
@@ -99,7 +100,9 @@ class Case:
         shape = f"{self.channels}x{self.size}-k{self.taps}s{self.stride}"
         if self.kernel in SEPARABLE and self.dtype == torch.float32:
             dtype = self.precision
-        return f"{self.kernel}-{self.target}-{dtype}-{layout}-{shape}-{self.choice}"
+        config = self.configurations()[self.choice]
+        blocks = "x".join(map(str, config.kwargs.values()))
+        return f"{self.kernel}-{self.target}-{dtype}-{layout}-{shape}-{blocks}-w{config.num_warps}"
 
     def shape(self) -> dict:
         k, s = self.taps, self.stride
@@ -132,8 +135,9 @@ def function(kernel: str) -> triton.JITFunction:
 
 
 def code(kernel: str) -> str:
-    """A digest of a kernel and of the functions that it calls, without comments."""
-    parts, seen, waiting = [], set(), [function(kernel)]
+    """A digest of a kernel and of the functions that it calls, without comments, and of how its
+    threads are shared out."""
+    parts, seen, waiting = [inspect.getsource(tuning.block)], set(), [function(kernel)]
     while waiting:
         fn = waiting.pop()
         if fn.fn in seen:
@@ -216,10 +220,9 @@ KERNEL_SIZES = [(taps, stride) for taps in (7, 5, 3) for stride in (1, 2)]
 
 
 def every_configuration() -> list[Case]:
-    """What autotuning may choose on the SHAPES. In channels_last, where patches are paid for in
-    registers: each patch for sm_90 with every size and stride of kernel and for the other targets
-    with the largest kernel. In contiguous with the smallest kernel, and for the other targets in
-    bfloat16 and without training, whose kernels are these with other pointers."""
+    """What autotuning may choose on the SHAPES: each patch for every target. In channels_last,
+    where patches are paid for in registers, with the largest kernel that may have it, and for sm_90
+    with every size and stride of kernel; in contiguous with the smallest."""
     found = {}
     for last, kernel, dtype in product(
         (True, False), KERNELS | TRAINING, (torch.bfloat16, torch.float32)
@@ -230,15 +233,10 @@ def every_configuration() -> list[Case]:
             for case in [Case(kernel, "sm_90", dtype, last, channels, size, taps, stride)]
             for choice in range(len(case.configurations()))
         ]
-        cases = cases if last else cases[::-1]
-        for case in cases:
-            sizes = (case.taps, case.stride) if last else ()
-            found.setdefault((kernel, last, dtype, case.patch(), "sm_90", *sizes), case)
-        if last or (dtype == torch.bfloat16 and kernel in KERNELS):
-            for case, target in product(cases, TARGETS):
-                if target != "sm_90":
-                    key = (kernel, last, dtype, case.patch(), target)
-                    found.setdefault(key, replace(case, target=target))
+        for case, target in product(cases if last else cases[::-1], TARGETS):
+            sizes = (case.taps, case.stride) if last and target == "sm_90" else ()
+            key = (kernel, last, dtype, case.patch(), target, *sizes)
+            found.setdefault(key, replace(case, target=target))
     for kernel, last, dtype, channels in product(
         SEPARABLE, (True, False), (torch.bfloat16, torch.float32), (32, 64, 128, 256)
     ):

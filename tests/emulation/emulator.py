@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -53,12 +54,14 @@ def build(sanitizer: str) -> Path:
         return target
 
     BUILDS.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(objects, sources))
-    together = hashlib.sha256(" ".join(part.name for part in parts).encode()).hexdigest()[:16]
-    program = BUILDS / f"emulation-{together}"
-    if not program.exists():
-        _compile([*flags, *map(str, parts)], program)
+    with open(BUILDS / f"lock-{sanitizer}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run side by side: one process builds
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            parts = list(pool.map(objects, sources))
+        together = hashlib.sha256(" ".join(part.name for part in parts).encode()).hexdigest()[:16]
+        program = BUILDS / f"emulation-{together}"
+        if not program.exists():
+            _compile([*flags, *map(str, parts)], program)
     return program
 
 
