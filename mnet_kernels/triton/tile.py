@@ -21,8 +21,7 @@ def patches(tile, N, GH, GW, LANES: tl.constexpr, WIDE: tl.constexpr):
     if WIDE:
         tile = tile.to(tl.int64)
     patch = (tile * LANES + tl.arange(0, LANES))[:, None]
-    row = patch // GW  # of all images
-    return row // GH, row % GH, patch % GW, row < N * GH
+    return patch // (GH * GW), patch // GW % GH, patch % GW, patch < N * GH * GW
 
 
 @triton.jit
