@@ -28,7 +28,8 @@ COLUMNS = {
 LEGEND = (
     "Speed-ups are apart: against the best of plain PyTorch (eager, BatchNorm folded, jit, "
     "torch.compile; either layout) and against the best other engine (ONNX Runtime, OpenVINO, "
-    "XNNPACK, ncnn). **Bold**: we lose. ~: within noise, less than four fifths of the rounds agree."
+    "XNNPACK, ncnn). **Bold**: we lose. ~: within noise, less than four fifths of the rounds "
+    "agree. Of matrix speed: all multiply-adds in our time, against PyTorch's large matrix product."
 )
 #: Rows that the second table sums up, one line a set: its name and what belongs to it.
 SETS = {
@@ -168,8 +169,10 @@ def network_table(results: list[Result]) -> list[str]:
         name += f", {row['threads']} thread" + ("s" if row["threads"] > 1 else "")
         name += f", {malloc} malloc" if several and malloc == "tuned" else ""
         times = [_ms(row, _fastest(row, COLUMNS[column])) for column in columns]
+        of_matrix = row.get("fraction_of_matrix")
+        times.append("-" if of_matrix is None else f"{of_matrix:.0%}")
         lines.append([name, *times, _speedup(row, "torch"), _speedup(row, "engine")])
-    head = ["network, batch", *columns, "against PyTorch", "against engines"]
+    head = ["network, batch", *columns, "of matrix speed", "against PyTorch", "against engines"]
     return ["**Networks, ms**", "", *_table(head, lines)]
 
 

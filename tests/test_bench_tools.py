@@ -115,13 +115,15 @@ def test_a_base_that_is_not_there_is_one_line(capsys, tmp_path):
 
 
 def test_tables_keep_pytorch_and_engines_apart_and_show_losses(write):
-    network = row(8000.0, 12000.0, 6000.0, kind="network", size=224)
+    network = row(8000.0, 12000.0, 6000.0, kind="network", size=224, fraction_of_matrix=0.75)
     del network["shape"]
     network["us"]["ours channels_last"] = summary(1.0, 0.0)  # not what the speed-ups are of
     rows = [row(100.0), row(90.0, shape=[64, 112, 112, 3, 2], dtype="bfloat16"), network]
     rows.append(row(100.0, 103.0, 100.5, spread=0.05, shape=[9, 9, 9, 3, 1]))
     text = tables.render([Path(write("cpu.json", result(*rows)))])
-    assert "| mobilenet_v1, 224, b1, f32, 2 threads | 12 | 6 | 8 | 1.50x | **0.75x** |" in text
+    assert (
+        "| mobilenet_v1, 224, b1, f32, 2 threads | 12 | 6 | 8 | 75% | 1.50x | **0.75x** |" in text
+    )
     assert "| 32, 112, 1 | 200.0 | 50.0 | 100.0 | 40% | 2.00x | **0.50x** | - |" in text
     assert "1.03x~ | 1.00x~ |" in text
     assert "| **2** of 3 |" in text  # two layers lost, one within noise

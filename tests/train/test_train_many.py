@@ -155,12 +155,12 @@ def test_a_killed_process_ends_the_run_with_a_usable_checkpoint(small, tmp_path,
 
 
 KILLED_WORKER = """
-import multiprocessing, pickle, sys
+import multiprocessing, pathlib, pickle, sys
 from mnet_kernels import train
 def kill(now):
     if now.epoch == 2 and now.step == 1:
         multiprocessing.active_children()[0].kill()
-train.train(pickle.loads(bytes.fromhex(sys.argv[1])), sys.argv[2], on_step=kill)
+train.train(pickle.loads(bytes.fromhex(sys.argv[1])), pathlib.Path(sys.argv[2]), on_step=kill)
 """
 
 
