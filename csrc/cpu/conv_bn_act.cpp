@@ -9,6 +9,7 @@
 #include "constants.h"
 #include "kernels.h"
 #include "launch.h"
+#include "result_memory.h"
 
 namespace mnet::cpu {
 namespace {
@@ -92,7 +93,7 @@ Tensor conv_bn_act_packed(Tensor x, Tensor packed, std::optional<Tensor> scale,
                             " channels of ", taps, " taps"),
                 check::join(packed.numel(), " values"));
   const Tensor input = dense(x, Layout::channels_last);
-  Tensor y = empty_4d(x, p.N, p.K, p.OH, p.OW, Layout::channels_last);
+  Tensor y = empty_result(x, p.N, p.K, p.OH, p.OW, Layout::channels_last);
   if (p.N == 0) return y;
 
   thread_local std::vector<float> scale_memory, shift_memory;

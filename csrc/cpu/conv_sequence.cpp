@@ -15,6 +15,7 @@
 #include "active.h"
 #include "launch.h"
 #include "memory.h"
+#include "result_memory.h"
 #include "schedule.h"
 
 namespace mnet::cpu {
@@ -128,7 +129,7 @@ Tensor conv_sequence(Tensor x, Tensor stages, Tensor constants, bool flat) {
     check::fail("conv_sequence", "flat", "a result of one pixel",
                 check::join(last.OH, " x ", last.OW));
   Tensor y = flat ? empty_strided(x, {N, last.K}, {last.K, 1})
-                  : empty_4d(x, N, last.K, last.OH, last.OW, Layout::channels_last);
+                  : empty_result(x, N, last.K, last.OH, last.OW, Layout::channels_last);
   const auto* from = static_cast<const char*>(input.const_data_ptr());
   auto* to = static_cast<char*>(y.mutable_data_ptr());
   const int64_t threads = torch::stable::get_num_threads(), alone = N / threads * threads;

@@ -10,6 +10,7 @@
 #include "launch.h"
 #include "memory.h"
 #include "pair.h"
+#include "result_memory.h"
 #include "strip.h"
 
 namespace mnet::cpu {
@@ -31,7 +32,7 @@ Tensor separable_conv(Tensor x, Tensor dw_weight, std::optional<Tensor> dw_scale
   if (p.dtype != DType::float32 && p.dtype != DType::bfloat16)
     check::fail(kOp, "x", "float32 or bfloat16", facts.dtype_name);
   const Layout layout = layout_of(x);
-  Tensor y = empty_4d(x, q.N, q.K, q.OH, q.OW, Layout::channels_last);
+  Tensor y = empty_result(x, q.N, q.K, q.OH, q.OW, Layout::channels_last);
   if (p.N > 0) {
     const Tensor input = dense(x, Layout::channels_last);
     if (residual) residual = dense(*residual, Layout::channels_last);
