@@ -70,6 +70,13 @@ class Wide(Inverted):
         self.adds = True
 
 
+def two_blocks(channels, wide):
+    return swap(randomize(nn.Sequential(
+        unit(3, channels, 3, stride=2, padding=1), Wide(channels, wide), Wide(channels, wide),
+        nn.AdaptiveAvgPool2d((2, 1)), Tail(2 * channels, 5),
+    )))  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", range(14))
 @both_dtypes
 def test_the_same_bits_as_one_by_one(seed, dtype):
@@ -91,11 +98,7 @@ def test_the_same_bits_as_one_by_one(seed, dtype):
 
 def test_a_sum_inside_a_strip():
     """The block's input stays in its window until it has been added."""
-    net = nn.Sequential(
-        unit(3, 24, 3, stride=2, padding=1), Wide(24, 144), Wide(24, 144),
-        nn.AdaptiveAvgPool2d((2, 1)), Tail(48, 5),
-    )  # fmt: skip
-    fast = swap(randomize(net))
+    fast = two_blocks(24, 144)
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         x = image(1, 3, 190, 151)
@@ -148,11 +151,7 @@ def test_planes_are_read_as_they_are(channels, dtype):
 
 
 def test_the_gain_is_there_for_large_results_only():
-    net = nn.Sequential(
-        unit(3, 16, 3, stride=2, padding=1), Wide(16, 96), Wide(16, 96),
-        nn.AdaptiveAvgPool2d((2, 1)), Tail(32, 5),
-    )  # fmt: skip
-    fast = swap(randomize(net))
+    fast = two_blocks(16, 96)
     torch.set_num_threads(1)
     with torch.no_grad():
         fast(image(1, 3, 64, 64))

@@ -11,6 +11,7 @@
 
 namespace mnet::cpu {
 
+inline int64_t size_of(Element element) { return element == Element::bf16 ? 2 : 4; }
 inline int64_t panels_of(int64_t channels) { return (channels + kPanel - 1) / kPanel; }
 
 // Bytes of a dense convolution's packed weights: see pack_conv_weight.

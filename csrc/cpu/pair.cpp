@@ -7,8 +7,6 @@
 namespace mnet::cpu {
 namespace {
 
-int64_t size_of(Element element) { return element == Element::bf16 ? 2 : 4; }
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Bands of as many pixels as a block of the product has where its weights are large, of fewer where

@@ -88,8 +88,10 @@ void choose_groups(Schedule& schedule, const Sequence& s, int64_t images, int64_
     if (result_bytes(stage(s, i)) > kFar) far_end = i + 1;
   for (int64_t i = 0; i < count;) {
     Group best{i, i + 1, 0};
-    std::vector<Step> steps = steps_of(s, i, i + 1, images);
-    if (i == 0 && s.planes)
+    const bool planes = i == 0 && s.planes;
+    std::vector<Step> steps;
+    if (planes || i < far_end) steps = steps_of(s, i, i + 1, images);
+    if (planes)
       best.rows = std::max<int64_t>(1, gain_of(s, 0, 1, paired, steps, images, threads).rows);
     else if (paired[static_cast<std::size_t>(i)])
       best = {i, i + 2,

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t kLine = 64;
 
-int64_t size_of(Element element) { return element == Element::bf16 ? 2 : 4; }
 int64_t whole_lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
 // The most rows of every result but the last that are needed at a time: whoever reads it starts
