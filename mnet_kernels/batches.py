@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -72,9 +75,25 @@ def read(batches: DataLoader[Any]) -> Iterator[tuple[Tensor, Tensor]]:
 
     Raises:
         InputError: a picture cannot be read.
+        RuntimeError: a worker was killed; torch raises it wherever Python is when it hears of that.
     """
     try:
         yield from batches
+    except (ConnectionError, EOFError) as error:  # killed while it handed a batch over
+        raise RuntimeError("a DataLoader worker was killed") from error
     except InputError as error:  # a worker sends its traceback along
         last = str(error).strip().splitlines()[-1]
         raise InputError(last.removeprefix(f"{InputError.__module__}.InputError: ")) from None
+
+
+@contextmanager
+def deaf_to_workers() -> Iterator[None]:
+    """In here torch does not raise when it hears that a worker was killed."""
+    if threading.current_thread() is not threading.main_thread():  # signals are for that one
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)

@@ -89,7 +89,8 @@ def group(device: str | None = None) -> Iterator[Group]:
 def lost_process(error: RuntimeError) -> str | None:
     """In words, if ``error`` says that a process this one depends on has gone."""
     text = str(error)
-    worker = re.search(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\)", text)
+    # "... in DataLoader worker process 0" is an error that the worker lived to tell of.
+    worker = re.search(r"DataLoader worker( \(pid\(?s?\)? [\d, ]+\))?(?! process)", text)
     if worker:
         return f"a {worker[0]} was killed"
     if isinstance(error, dist.DistError) or re.search(r"gloo|nccl|closed by peer", text, re.I):

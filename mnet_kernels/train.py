@@ -31,6 +31,7 @@ from mnet_kernels.batches import (
     AUGMENTATION,
     DROPOUT,
     Shuffled,
+    deaf_to_workers,
     loader,
     random_generator,
     read,
@@ -116,11 +117,14 @@ def train(
         for epoch in range(len(run.rows) + 1, (recipe.epochs or 0) + 1):
             on_epoch(run.epoch(epoch))
     except RuntimeError as error:
-        reason = lost_process(error)
-        if reason is None:
-            raise
-        traceback.clear_frames(error.__traceback__)  # they hold on to the other processes
-        raise run.stopped(reason) from error
+        with deaf_to_workers():
+            reason = lost_process(error)
+            if reason is None:
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold on to the other processes
+            del run.train_loader, run.validation_loader
+            stopped = run.stopped(reason)
+        raise stopped from error
     finally:
         run.parallel = None
     return run.rows

@@ -328,3 +328,13 @@ def test_the_command_prints_both_ways_side_by_side(trained, tmp_path, capsys):
     told = json.loads(result.read_text())
     assert told["schema"] == 1 and told["data"] == spec
     assert "torch" in told["environment"]
+
+
+def test_a_killed_data_worker_is_one_line(pictures, capsys, monkeypatch):
+    def batches(self):
+        raise RuntimeError("DataLoader worker (pid 42) is killed by signal: Killed.")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", batches)
+    assert cli.main(["evaluate", SMALL, "--data", pictures]) == 2
+    told = "mnet-kernels: error: a DataLoader worker (pid 42) was killed"
+    assert capsys.readouterr().err.splitlines()[-1] == told

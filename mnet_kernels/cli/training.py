@@ -182,9 +182,15 @@ def evaluate(
     device = _available(device) or device_of(backend)
     chosen = candidate(model, weights, preprocess)
     with distributed.group(device) as group, progress() as notify:
-        result = run(
-            chosen, spec, batch=batch, workers=workers, backend=backend, group=group, notify=notify
-        )
+        try:
+            result = run(
+                chosen, spec, batch=batch, workers=workers, backend=backend, group=group,
+                notify=notify,
+            )  # fmt: skip
+        except RuntimeError as error:
+            if (reason := distributed.lost_process(error)) is None:
+                raise
+            raise click.ClickException(reason) from None
     if not group.is_main:
         return
     _show(result)

@@ -16,6 +16,8 @@ from torch import nn
 from train_processes import TESTS, together
 
 from mnet_kernels import checkpoint, datasets, recipe, train
+from mnet_kernels.batches import deaf_to_workers
+from mnet_kernels.distributed import lost_process
 from mnet_kernels.models import mobilenet_v1
 from mnet_kernels.swap import swap
 
@@ -155,8 +157,9 @@ def test_a_killed_process_ends_the_run_with_a_usable_checkpoint(small, tmp_path,
 
 
 KILLED_WORKER = """
-import multiprocessing, pathlib, pickle, sys
+import multiprocessing, pathlib, pickle, sys, torch
 from mnet_kernels import train
+torch.set_num_threads(1)
 def kill(now):
     if now.epoch == 2 and now.step == 1:
         multiprocessing.active_children()[0].kill()
@@ -172,6 +175,38 @@ def test_a_killed_data_worker_ends_the_run(small, tmp_path):
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    told = r"mnet_kernels.train.Stopped: a DataLoader worker .* was killed; last good .*epoch 1"
-    assert re.match(told, last)
+    last = done.stderr.strip().splitlines()[-1]  # nothing comes after it while Python shuts down
+    told = r"mnet_kernels.train.Stopped: a DataLoader worker.* was killed; last good .*epoch 1"
+    assert re.match(told, last), done.stderr
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError()])
+def test_a_data_worker_killed_while_it_hands_a_batch_over(small, tmp_path, monkeypatch, error):
+    """torch itself says only that the connection is lost."""
+
+    def batches(self):
+        raise error
+        yield
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", batches)
+    with pytest.raises(train.Stopped, match=r"a DataLoader worker was killed; last good .*: none"):
+        train.train(small, tmp_path)
+
+
+def test_deaf_to_workers_holds_back_what_torch_raises():
+    def handler(number, frame):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        with deaf_to_workers():
+            os.kill(os.getpid(), signal.SIGCHLD)
+        with pytest.raises(RuntimeError, match="killed"):
+            os.kill(os.getpid(), signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_an_error_that_a_data_worker_tells_of_is_no_lost_process():
+    error = RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: bad")
+    assert lost_process(error) is None
