@@ -13,12 +13,11 @@ from mnet_kernels.nn import (
     Fusion,
     NamedActivation,
     check_backend,
-    in_functorch,
 )
+from mnet_kernels.one_pass import in_one_pass, why_apart
 from mnet_kernels.plan import Run, Stage
 from mnet_kernels.reference import ACTIVATIONS
 from mnet_kernels.registration import layout_of
-from mnet_kernels.separable import separable_conv, why_composed
 from mnet_kernels.sequences import Runner
 
 _Pair = int | tuple[int, int]
@@ -114,39 +113,13 @@ class SeparableConv(nn.Module):
         if y is not None:
             return y.contiguous(memory_format=layout_of(x))
         if run.unobserved() and self.why_composed(x) is None:
-            return self._fused(x)
+            return in_one_pass(self.conv_dw, self.conv_pw, x, x if self.residual else None)
         y = self.conv_pw(self.conv_dw(x))
         return y + x if self.residual else y
 
     def why_composed(self, x: Tensor) -> str | None:
         """The sentence why a call runs its halves one after the other, or None."""
-        halves = self.conv_dw, self.conv_pw
-        for half in halves:
-            if x.dim() != 4 or (x.dtype, x.device) != (half.weight.dtype, half.weight.device):
-                return "input and weights differ in dtype or device"
-            if half.uses_batch_statistics():
-                return "statistics of the batch are taken half by half"
-            if (reason := half.why_native(x.device, x.dtype)) is not None:
-                return reason
-        if torch.is_autocast_enabled(x.device.type) or in_functorch():
-            return "autocast and functorch go through the halves"
-        return why_composed(x.device, x.dtype, self.backend)
-
-    def _fused(self, x: Tensor) -> Tensor:
-        dw, pw = self.conv_dw, self.conv_pw
-        return separable_conv(
-            x,
-            *dw._constants(x, dw.weight, "by_tap" if x.is_cpu else "as_is"),
-            *pw._constants(x, pw.weight, "as_is"),
-            residual=x if self.residual else None,
-            stride=dw.stride,
-            padding="same" if dw.fusion.pad == "same" else dw.padding_edges(),
-            dilation=dw.dilation,
-            dw_activation=dw.fusion.activation,
-            pw_activation=pw.fusion.activation,
-            slope=dw.fusion.slope,
-            backend=self.backend,
-        )
+        return why_apart(self.conv_dw, self.conv_pw, x)
 
     def _run(self) -> Runner:
         run = self.__dict__.get("_runner")

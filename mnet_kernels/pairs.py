@@ -1,7 +1,8 @@
 """Depthwise + 1x1 pairs inside a run: which go in one pass, why, and which way is faster here.
 
-The cost model is csrc/cpu/pair.cpp's pair_cost. It can be overruled, for all pairs by
-``swap(model, pairs=...)`` and for one by its depthwise convolution's ``fusion.pair``.
+The cost model is csrc/cpu/pair.cpp's pair_cost, for a GPU separable_cost.py. It can be overruled,
+for all pairs by ``swap(model, pairs=...)`` and for one by its depthwise convolution's
+``fusion.pair``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from mnet_kernels.nn import FusedConv2d, Fusion
+from mnet_kernels.one_pass import Blocks, Decision, in_one_pass, why_apart
 from mnet_kernels.sequences import KIND, OTHER, Runner, Sequenced, Whole, run_sequence
 from mnet_kernels.timing import interleave, ratio
 
@@ -44,7 +46,7 @@ def pairs(runner: Runner) -> list[Pair]:
     """The pairs of a run, decided for its latest input and the threads there are now; none before
     the first call."""
     if runner.latest is None:
-        return []
+        return list(_pairs_in_blocks(runner))
     shape, dtype, stages, constants = runner.latest
     x = torch.empty(1, dtype=dtype).expand(shape)  # only its shape is looked at
     numbers = _plan(x, stages, constants, torch.get_num_threads())
@@ -64,9 +66,17 @@ def pairs(runner: Runner) -> list[Pair]:
     return found
 
 
+def _pairs_in_blocks(runner: Runner) -> Iterator[Pair]:
+    for i, made in sorted(runner.blocks.decisions.items()):
+        depthwise, pointwise = runner.run.stages[i : i + 2]
+        yield Pair(str(depthwise.module), str(pointwise.module), made.one_pass, made.reason)
+
+
 def measure(runner: Runner) -> None:
     """Set every pair of a run to the way that is faster on an input like its latest."""
     if runner.latest is None:
+        for i, made in runner.blocks.decisions.items():
+            _measure_in_blocks(runner.blocks, i, made)
         return
     shape, dtype, stages, constants = runner.latest
     x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -83,6 +93,21 @@ def measure(runner: Runner) -> None:
             calls[way] = partial(run_sequence, before, rows, constants)
         done = interleave(calls, rounds=_ROUNDS)
         _fusion(runner, i).pair = ratio(done["apart"], done["one pass"]).median >= 1
+
+
+def _measure_in_blocks(blocks: Blocks, i: int, made: Decision) -> None:
+    dw, pw = blocks.halves(i)
+    x = torch.randn(made.shape, device=dw.weight.device).to(
+        dw.weight.dtype, memory_format=made.layout
+    )
+    if why_apart(dw, pw, x) is not None:
+        return
+    done = interleave(
+        {"one pass": partial(in_one_pass, dw, pw, x), "apart": lambda: pw(dw(x))},
+        rounds=_ROUNDS,
+        synchronize=partial(torch.cuda.synchronize, x.device) if x.is_cuda else None,
+    )
+    dw.fusion.pair = ratio(done["apart"], done["one pass"]).median >= 1
 
 
 def _fusion(runner: Runner, i: int) -> Fusion:

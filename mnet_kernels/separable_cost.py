@@ -1,5 +1,5 @@
-"""When one pass over a separable block pays on a GPU: a model on paper, for a planner that cannot
-measure.
+"""When one pass over a separable block pays on a GPU: a model on paper, for where nothing was
+measured.
 
 Two passes move the middle tensor out to memory and back, and start two kernels. One pass saves
 both, but computes the depthwise half beside the product, again for every split of the output
@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -23,36 +25,43 @@ class Gpu:
     bytes_per_s: float  # of a large copy
     product: float  # 16-bit multiply-adds per second, of our mma.sync kernels at their best
     library_product: float  # of cuBLAS and cuDNN
-    float32: float  # multiply-adds per second, either way (TF32 off)
+    float32: float  # multiply-adds per second, either way with TF32 off, ours with it on too
+    library_tf32: float
     instructions: float  # of single lanes, per second
     launch_s: float = 2.5e-6  # the shortest kernel, its start included
 
 
 #: By the major number of the compute capability.
 GPUS = {
-    8: Gpu(108, 1.6e12, 125e12, 125e12, 9.7e12, 9.7e12),
-    9: Gpu(132, 4.3e12, 200e12, 395e12, 30e12, 30e12),
+    8: Gpu(108, 1.6e12, 125e12, 125e12, 9.7e12, 62e12, 9.7e12),
+    9: Gpu(132, 4.3e12, 200e12, 395e12, 30e12, 197e12, 30e12),
 }
 
-#: Lane-instructions of a 3x3 depthwise element: nine multiply-adds, conversions, addresses.
-PER_ELEMENT = 20
+#: Lane-instructions of a depthwise element for each tap: its multiply-add, and its share of
+#: conversions and addresses.
+PER_TAP = 20 / 9
 
 
 def seconds(
-    pixels: int, input_pixels: int, channels: int, outputs: int, element_bytes: int, gpu: Gpu
-) -> tuple[float, float]:
-    """(one pass, two passes), for a 3x3 depthwise half.
+    pixels: int, input_pixels: int, channels: int, outputs: int, element_bytes: int, gpu: Gpu,
+    *, taps: int = 9, tf32: bool = False, copied: bool = False,
+) -> tuple[float, float]:  # fmt: skip
+    """(one pass, two passes).
 
     Args:
         pixels: N*OH*OW; ``input_pixels`` N*H*W.
         channels: of the middle; the input's are taken to be as many.
         outputs: of the pointwise half.
         element_bytes: 2 or 4.
+        taps: of the depthwise half.
+        tf32: the library may round float32 operands to TF32 (``cudnn.allow_tf32``).
+        copied: x and the result are copied into and out of the kernel's layout.
     """
     products = pixels * channels * outputs
-    ours, library = (
-        (gpu.product, gpu.library_product) if element_bytes == 2 else (gpu.float32, gpu.float32)
-    )
+    if element_bytes == 2:
+        ours, library = gpu.product, gpu.library_product
+    else:
+        ours, library = gpu.float32, gpu.library_tf32 if tf32 else gpu.float32
     element = channels * element_bytes
     moved_in, middle, moved_out = (
         input_pixels * element, pixels * element, pixels * outputs * element_bytes
@@ -62,23 +71,21 @@ def seconds(
     tile, wide = (64, 128) if large else (16, 32)
     tiles, most = -(-pixels // tile), -(-outputs // wide)
     splits = min(most, -(-gpu.multiprocessors // tiles))
-    depthwise = pixels * channels * PER_ELEMENT * splits / gpu.instructions
+    depthwise = pixels * channels * taps * PER_TAP * splits / gpu.instructions
     # On the cores that multiply float32, the depthwise half is not beside the product but in turn.
     arithmetic = (
         max(products / ours, depthwise) if element_bytes == 2 else products / ours + depthwise
     )
     one = max((moved_in + moved_out) / gpu.bytes_per_s, arithmetic, gpu.launch_s)
+    if copied:
+        one += sum(max(2 * n / gpu.bytes_per_s, gpu.launch_s) for n in (moved_in, moved_out))
     first = max((moved_in + middle) / gpu.bytes_per_s, gpu.launch_s)
     second = max((middle + moved_out) / gpu.bytes_per_s, products / library, gpu.launch_s)
     return one, first + second
 
 
-def pays(
-    pixels: int, input_pixels: int, channels: int, outputs: int, element_bytes: int,
-    capability: int,
-) -> bool:  # fmt: skip
-    """Whether one pass is expected to be the faster; arguments as :func:`seconds`, and the major
-    number of the GPU's compute capability (an unknown one is taken for the newest known)."""
-    known = GPUS.get(capability, GPUS[max(GPUS)])
-    one, two = seconds(pixels, input_pixels, channels, outputs, element_bytes, known)
-    return one <= two
+def gpu_of(device: torch.device) -> Gpu:
+    """The figures for a device; an unknown one is taken for the newest that is known."""
+    newest = max(GPUS)
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else newest
+    return GPUS.get(major, GPUS[newest])

@@ -18,7 +18,8 @@ from torch.nn.modules import module as nn_module
 
 from mnet_kernels import ops
 from mnet_kernels.fold import Watch, fold, statistics_of
-from mnet_kernels.nn import FusedConv2d, Fusion, recorded
+from mnet_kernels.nn import FusedConv2d, Fusion, in_functorch, recorded
+from mnet_kernels.one_pass import Blocks
 from mnet_kernels.plan import Run
 from mnet_kernels.probe import Activation
 from mnet_kernels.reference import ACTIVATIONS
@@ -125,11 +126,22 @@ class Runner:
         self.tree = [(m._modules, tuple(m._modules.values())) for m in (owner, *self.parents)]
         self.forwards = [m.__dict__.get("forward") for m in self.parents]
         self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        self.blocks = Blocks(run.stages, self.modules)
         self._packed: _Packed | None = None
         self._seen: tuple[torch.Size, torch.dtype] | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        if recorded() or not self._serves(x):
+        if recorded():
+            return None
+        y = self._packed_call(x)
+        if y is None and self.blocks.serve(x) and self._can_go_in_blocks(x):
+            self._seen = None  # what is told of pairs is told of this call
+            y = self.blocks(x)
+            return y.flatten(1) if self.run.flat_output else y
+        return y
+
+    def _packed_call(self, x: Tensor) -> Tensor | None:
+        if not self._serves(x):
             return None
         packed = self._packed
         if packed is None or packed.dtype != x.dtype or not packed.watch.unchanged():
@@ -219,6 +231,18 @@ class Runner:
             and not torch._C._are_functorch_transforms_active()
             and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
         )
+
+    def _can_go_in_blocks(self, x: Tensor) -> bool:
+        return (
+            type(x) is Tensor
+            and not (torch.is_grad_enabled() and (x.requires_grad or self._requires_grad()))
+            and not in_functorch()
+            and self.unobserved()
+            and not any(module.training for module in self.inert)
+        )
+
+    def _requires_grad(self) -> bool:
+        return any(p.requires_grad for parent in self.parents for p in parent.parameters())
 
     def unobserved(self) -> bool:
         """No hook would miss a call, and the modules are those that were found."""

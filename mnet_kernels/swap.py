@@ -51,9 +51,10 @@ def swap(
         backend: "cpu", "cuda", "triton" or "native"; None: the best there is for each call.
         example_inputs: arguments for the model. Every site is timed, fused and native, on the
             input that it gets from them, and stays native where that is faster.
-        pairs: whether a depthwise and the 1x1 convolution after it, in one run on the CPU, go in
-            one pass; None: as a cost model says, or the faster way where ``example_inputs`` are
-            given. The results are the same.
+        pairs: whether a depthwise and the 1x1 convolution after it, in one run (see ``explain``),
+            go in one pass; None: as a cost model says, or the faster way where ``example_inputs``
+            are given. The results are the same bits on the CPU; on a GPU, where it is done only
+            without gradients, they are rounded differently.
         decisions: a file written by ``explain(fast).save(path)``, instead of measuring.
 
     Returns:

@@ -72,12 +72,13 @@ def network() -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("pairs", [None, True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @both_layouts
-def test_swapped_network(dtype, channels_last):
+def test_swapped_network(dtype, channels_last, pairs):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = network().to("cuda", dtype, memory_format=layout)
-    fast = swap(model)
+    fast = swap(model, pairs=pairs)
     assert sum(row.backend == "cuda" for row in explain(fast).rows) == 13
     x = torch.randn(3, 3, 64, 64, device="cuda").to(dtype).to(memory_format=layout)
     with torch.inference_mode():
@@ -85,12 +86,15 @@ def test_swapped_network(dtype, channels_last):
         ours, native = ((m(x).double() - exact).abs().max() for m in (fast, model))
     slack = {torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype] * exact.abs().max()
     assert ours <= max(2 * native, slack)
+    if pairs is not None:
+        assert str(explain(fast)).count("in one pass (measured or set)") == 13 * pairs
 
 
-def test_no_stale_folds():
+@pytest.mark.parametrize("pairs", [True, False])
+def test_no_stale_folds(pairs):
     """A step of training changes statistics without a version; weights change in place."""
     model = network().cuda()
-    fast = swap(model)
+    fast = swap(model, pairs=pairs)
     x = torch.randn(4, 3, 64, 64, device="cuda")
 
     def same():
@@ -109,9 +113,10 @@ def test_no_stale_folds():
     same()
 
 
-def test_a_captured_network_outlives_a_change_of_weights():
+@pytest.mark.parametrize("pairs", [True, False])
+def test_a_captured_network_outlives_a_change_of_weights(pairs):
     model = network().cuda()
-    fast = swap(model)
+    fast = swap(model, pairs=pairs)
     x = torch.randn(2, 3, 64, 64, device="cuda")
     with torch.inference_mode():
         fast(x)
