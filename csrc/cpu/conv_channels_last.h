@@ -384,19 +384,12 @@ static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scr
   if (call.stream) drain_streams();
 }
 
-static void conv_channels_last(const ConvCall& call, int64_t begin, int64_t end, void* scratch) {
-  if (call.element == Element::bf16) return convolve<bf16>(call, begin, end, scratch);
-  convolve<float>(call, begin, end, scratch);
-}
-
+// Bytes of scratch that a thread needs.
 template <typename Elem>
-static int64_t scratch_of(const ConvCall& call) {
+static int64_t convolve_scratch(const ConvCall& call) {
   const int64_t pixels = call.N * call.OH * call.OW;
   const int64_t block = (pixels + call.pixel_blocks - 1) / call.pixel_blocks + 1;
   return reads_in_place<Elem>(call)
              ? 0
              : block * gathered_stride<Elem>(call) * static_cast<int64_t>(sizeof(Patch<Elem>));
-}
-static int64_t conv_channels_last_scratch(const ConvCall& call) {
-  return call.element == Element::bf16 ? scratch_of<bf16>(call) : scratch_of<float>(call);
 }
