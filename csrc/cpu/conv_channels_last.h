@@ -98,6 +98,33 @@ struct Patches {
   int64_t stride, row, jump;
 };
 
+// A tile's sums to y, where more is to be done than to clamp them.
+template <typename Elem>
+static __attribute__((noinline)) void finish_tile(const ConvCall& call, Vector<float>* sum,
+                                                  int pixels, int vectors, int lanes_in_last,
+                                                  Clamp<float> clamp, Elem* y) {
+  constexpr int V = kWidth<float>;
+  if (!clamp.exact) activate_tile<float>(call, sum, pixels * vectors);
+  for (int p = 0; p < pixels; ++p)
+    for (int v = 0; v < vectors; ++v) {
+      Vector<float> out = at_most<float>(at_least<float>(*sum++, clamp.low), clamp.high);
+      Elem* to = y + p * call.K + v * V;
+      const bool partial = v == vectors - 1 && lanes_in_last < V;
+      if (call.residual) {
+        const Elem* add =
+            static_cast<const Elem*>(call.residual) + (to - static_cast<Elem*>(call.y));
+        // Both parts of the sum have x's type, as they have one after the other.
+        out = rounded<Elem>(out) + (partial ? load_first(add, lanes_in_last) : load(add));
+      }
+      if (partial)
+        store_first(to, out, lanes_in_last);
+      else if (kStreams && sizeof(Elem) == 4 && call.stream)
+        stream(reinterpret_cast<float*>(to), out);
+      else
+        store(to, out);
+    }
+}
+
 // P pixels, `Vectors` vectors of a panel from `weight`'s column on, the last one half a vector
 // where `Half` says so. What lies `ahead` bytes beyond each step's weights is wanted soon.
 template <typename Elem, int P, int Vectors, bool Half>
@@ -157,27 +184,18 @@ static void conv_tile(const ConvCall& call, Patches<Elem> patches, const char* w
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) sum[p][v] = sum[p][v] * scale + shift;
   }
-  if (!clamp.exact) activate_registers<float, P * Vectors>(call, &sum[0][0]);
+  if (!clamp.exact || call.residual || call.stream || lanes_in_last < V) {
+    Vector<float> tile[P * Vectors];
+#pragma GCC unroll 32
+    for (int i = 0; i < P * Vectors; ++i) tile[i] = sum[i / Vectors][i % Vectors];
+    return finish_tile<Elem>(call, tile, P, Vectors, lanes_in_last, clamp, y);
+  }
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 16
-    for (int v = 0; v < Vectors; ++v) {
-      Vector<float> out = at_most<float>(at_least<float>(sum[p][v], clamp.low), clamp.high);
-      Elem* to = y + p * call.K + v * V;
-      const bool partial = v == Vectors - 1 && lanes_in_last < V;
-      if (call.residual) {
-        const Elem* add =
-            static_cast<const Elem*>(call.residual) + (to - static_cast<Elem*>(call.y));
-        // Both parts of the sum have x's type, as they have one after the other.
-        out = rounded<Elem>(out) + (partial ? load_first(add, lanes_in_last) : load(add));
-      }
-      if (partial)
-        store_first(to, out, lanes_in_last);
-      else if (kStreams && sizeof(Elem) == 4 && call.stream)
-        stream(reinterpret_cast<float*>(to), out);
-      else
-        store(to, out);
-    }
+    for (int v = 0; v < Vectors; ++v)
+      store(y + p * call.K + v * V,
+            at_most<float>(at_least<float>(sum[p][v], clamp.low), clamp.high));
 }
 
 template <typename Elem>
