@@ -100,14 +100,13 @@ struct Patches {
 
 // A tile's sums to y, where more is to be done than to clamp them.
 template <typename Elem>
-static __attribute__((noinline)) void finish_tile(const ConvCall& call, Vector<float>* sum,
+static __attribute__((noinline)) void finish_tile(const ConvCall& call, const Vector<float>* sum,
                                                   int pixels, int vectors, int lanes_in_last,
-                                                  Clamp<float> clamp, Elem* y) {
+                                                  Elem* y) {
   constexpr int V = kWidth<float>;
-  if (!clamp.exact) activate_tile<float>(call, sum, pixels * vectors);
   for (int p = 0; p < pixels; ++p)
     for (int v = 0; v < vectors; ++v) {
-      Vector<float> out = at_most<float>(at_least<float>(*sum++, clamp.low), clamp.high);
+      Vector<float> out = activate<float>(call.activation, static_cast<float>(call.slope), *sum++);
       Elem* to = y + p * call.K + v * V;
       const bool partial = v == vectors - 1 && lanes_in_last < V;
       if (call.residual) {
@@ -184,18 +183,23 @@ static void conv_tile(const ConvCall& call, Patches<Elem> patches, const char* w
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) sum[p][v] = sum[p][v] * scale + shift;
   }
-  if (!clamp.exact || call.residual || call.stream || lanes_in_last < V) {
+  const bool partial = lanes_in_last < V;
+  if (!clamp.exact || call.residual || call.stream || (partial && !kMasks)) {
     Vector<float> tile[P * Vectors];
 #pragma GCC unroll 32
     for (int i = 0; i < P * Vectors; ++i) tile[i] = sum[i / Vectors][i % Vectors];
-    return finish_tile<Elem>(call, tile, P, Vectors, lanes_in_last, clamp, y);
+    return finish_tile<Elem>(call, tile, P, Vectors, lanes_in_last, y);
   }
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 16
-    for (int v = 0; v < Vectors; ++v)
-      store(y + p * call.K + v * V,
-            at_most<float>(at_least<float>(sum[p][v], clamp.low), clamp.high));
+    for (int v = 0; v < Vectors; ++v) {
+      const Vector<float> out = at_most<float>(at_least<float>(sum[p][v], clamp.low), clamp.high);
+      if (kMasks && partial && v == Vectors - 1)
+        store_first(y + p * call.K + v * V, out, lanes_in_last);
+      else
+        store(y + p * call.K + v * V, out);
+    }
 }
 
 template <typename Elem>
