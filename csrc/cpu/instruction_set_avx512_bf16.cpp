@@ -39,15 +39,19 @@ auto either(const Call& call, Rest... rest) {
 }  // namespace
 
 extern const Kernels kKernels = {
-    "avx512_bf16", kWidth<float>,
+    "avx512_bf16",
+    kWidth<float>,
     either<&Kernels::dwconv_channels_last, dw_channels_last<bf16>>,
     either<&Kernels::dwconv_contiguous, dw_contiguous<bf16>>,
-    dwconv_keeps_weight, dwconv_contiguous_is_direct, dw_contiguous_scratch,
+    dwconv_keeps_weight,
+    dwconv_contiguous_is_direct,
+    dw_contiguous_scratch,
     either<&Kernels::conv_channels_last, convolve<bf16>>,
     either<&Kernels::conv_channels_last_scratch, convolve_scratch<bf16>>,
     either<&Kernels::pool_channels_last, pool<bf16>>,
     either<&Kernels::scale_channels_last, scale_map<bf16>>,
-    interleave, &avx512::kTraining,
+    interleave,
+    &avx512::kTraining,
 };
 
 }  // namespace avx512_bf16
