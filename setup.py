@@ -161,10 +161,11 @@ extensions = [
         "mnet_kernels._C",
         # Slowest to compile first.
         sources=[
-            "csrc/cpu/instruction_set_avx512_bf16.cpp",
             "csrc/cpu/instruction_set_avx512.cpp",
             "csrc/cpu/instruction_set_baseline.cpp",
             "csrc/cpu/instruction_set_avx2.cpp",
+            "csrc/cpu/instruction_set_avx512_bf16.cpp",
+            "csrc/bindings.cpp",
             "csrc/cpu/dwconv_bn_act.cpp",
             "csrc/cpu/dwconv_training.cpp",
             "csrc/cpu/conv_training.cpp",
@@ -182,7 +183,6 @@ extensions = [
             "csrc/ops.cpp",
             "csrc/watched.cpp",
             "csrc/direct_call.cpp",
-            "csrc/bindings.cpp",
         ],
         define_macros=[*define_macros, ("MNET_WHY_NO_CUDA", f'"{why_no_cuda or ""}"')],
         extra_compile_args=compile_args,

@@ -98,6 +98,32 @@ struct Patches {
   int64_t stride, row, jump;
 };
 
+// A tile's sums to y, where more is to be done than to clamp them.
+template <typename Elem>
+static __attribute__((noinline)) void finish_tile(const ConvCall& call, const Vector<float>* sum,
+                                                  int pixels, int vectors, int lanes_in_last,
+                                                  Elem* y) {
+  constexpr int V = kWidth<float>;
+  for (int p = 0; p < pixels; ++p)
+    for (int v = 0; v < vectors; ++v) {
+      Vector<float> out = activate<float>(call.activation, static_cast<float>(call.slope), *sum++);
+      Elem* to = y + p * call.K + v * V;
+      const bool partial = v == vectors - 1 && lanes_in_last < V;
+      if (call.residual) {
+        const Elem* add =
+            static_cast<const Elem*>(call.residual) + (to - static_cast<Elem*>(call.y));
+        // Both parts of the sum have x's type, as they have one after the other.
+        out = rounded<Elem>(out) + (partial ? load_first(add, lanes_in_last) : load(add));
+      }
+      if (partial)
+        store_first(to, out, lanes_in_last);
+      else if (kStreams && sizeof(Elem) == 4 && call.stream)
+        stream(reinterpret_cast<float*>(to), out);
+      else
+        store(to, out);
+    }
+}
+
 // P pixels, `Vectors` vectors of a panel from `weight`'s column on, the last one half a vector
 // where `Half` says so. What lies `ahead` bytes beyond each step's weights is wanted soon.
 template <typename Elem, int P, int Vectors, bool Half>
@@ -157,26 +183,22 @@ static void conv_tile(const ConvCall& call, Patches<Elem> patches, const char* w
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) sum[p][v] = sum[p][v] * scale + shift;
   }
-  if (!clamp.exact) activate_registers<float, P * Vectors>(call, &sum[0][0]);
+  const bool partial = lanes_in_last < V;
+  if (!clamp.exact || call.residual || call.stream || (partial && !kMasks)) {
+    Vector<float> tile[P * Vectors];
+#pragma GCC unroll 32
+    for (int i = 0; i < P * Vectors; ++i) tile[i] = sum[i / Vectors][i % Vectors];
+    return finish_tile<Elem>(call, tile, P, Vectors, lanes_in_last, y);
+  }
 #pragma GCC unroll 16
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 16
     for (int v = 0; v < Vectors; ++v) {
-      Vector<float> out = at_most<float>(at_least<float>(sum[p][v], clamp.low), clamp.high);
-      Elem* to = y + p * call.K + v * V;
-      const bool partial = v == Vectors - 1 && lanes_in_last < V;
-      if (call.residual) {
-        const Elem* add =
-            static_cast<const Elem*>(call.residual) + (to - static_cast<Elem*>(call.y));
-        // Both parts of the sum have x's type, as they have one after the other.
-        out = rounded<Elem>(out) + (partial ? load_first(add, lanes_in_last) : load(add));
-      }
-      if (partial)
-        store_first(to, out, lanes_in_last);
-      else if (kStreams && sizeof(Elem) == 4 && call.stream)
-        stream(reinterpret_cast<float*>(to), out);
+      const Vector<float> out = at_most<float>(at_least<float>(sum[p][v], clamp.low), clamp.high);
+      if (kMasks && partial && v == Vectors - 1)
+        store_first(y + p * call.K + v * V, out, lanes_in_last);
       else
-        store(to, out);
+        store(y + p * call.K + v * V, out);
     }
 }
 
@@ -384,19 +406,12 @@ static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scr
   if (call.stream) drain_streams();
 }
 
-static void conv_channels_last(const ConvCall& call, int64_t begin, int64_t end, void* scratch) {
-  if (call.element == Element::bf16) return convolve<bf16>(call, begin, end, scratch);
-  convolve<float>(call, begin, end, scratch);
-}
-
+// Bytes of scratch that a thread needs.
 template <typename Elem>
-static int64_t scratch_of(const ConvCall& call) {
+static int64_t convolve_scratch(const ConvCall& call) {
   const int64_t pixels = call.N * call.OH * call.OW;
   const int64_t block = (pixels + call.pixel_blocks - 1) / call.pixel_blocks + 1;
   return reads_in_place<Elem>(call)
              ? 0
              : block * gathered_stride<Elem>(call) * static_cast<int64_t>(sizeof(Patch<Elem>));
-}
-static int64_t conv_channels_last_scratch(const ConvCall& call) {
-  return call.element == Element::bf16 ? scratch_of<bf16>(call) : scratch_of<float>(call);
 }

@@ -44,7 +44,7 @@ Problem checked(const char* op, const Tensor& x, const Tensor& weight, const Opt
 // A call on dense tensors, without its pointers.
 struct Training {
   const Problem& p;
-  const Kernels& kernels = active_kernels();
+  const TrainingKernels& kernels = *active_kernels().training;
   const int64_t threads = torch::stable::get_num_threads();
   ConvTrainingCall call{};
   std::vector<float> ones, zeros;

@@ -83,7 +83,7 @@ static void multiply(const float* x, const float* packed, const float* ones, con
   call.activation = Activation::identity;
   call.pixel_blocks = (count + 4 * kTilePixels - 1) / (4 * kTilePixels);
   call.channel_blocks = 1;
-  conv_channels_last(call, 0, call.pixel_blocks, scratch);
+  convolve<float>(call, 0, call.pixel_blocks, scratch);
 }
 // Floats of scratch that it needs.
 static int64_t multiply_scratch(int64_t C) { return (4 * kTilePixels + 1) * (C + 16); }

@@ -268,18 +268,18 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
       if (ends) to += to_pixel;
     };
     auto inside = [&](int64_t j) { return j >= left && j < inside_end; };
-    int64_t j = 0;
-    auto careful_step = [&]() __attribute__((always_inline)) {
-      column(Constant<false>{}, inside(j), j >= 2);
-      if (S == 2 && j + 1 < end) column(Constant<true>{}, inside(j + 1), false);
-      j += S;
-    };
-    while (j < end && (j < 2 || j < left)) careful_step();
-    for (; j + S - 1 < inside_end; j += S) {
-      column(Constant<false>{}, true, true);
-      if (S == 2) column(Constant<true>{}, true, false);
+    for (int64_t j = 0; j < end;) {
+      if (j < 2 || j < left || j + S > inside_end) {  // where something may be missing
+        column(Constant<false>{}, inside(j), j >= 2);
+        if (S == 2 && j + 1 < end) column(Constant<true>{}, inside(j + 1), false);
+        j += S;
+        continue;
+      }
+      for (; j + S <= inside_end; j += S) {
+        column(Constant<false>{}, true, true);
+        if (S == 2) column(Constant<true>{}, true, false);
+      }
     }
-    while (j < end) careful_step();
     if (staged)
       for (int64_t r = 0; r < R; ++r)
         for (int64_t i = 0; i < OW; ++i)

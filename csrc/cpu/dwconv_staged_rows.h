@@ -29,15 +29,13 @@ struct TrainingScratch {
   }
 };
 
-template <typename Elem, int K, int S>
 struct StagedRows {
   static constexpr int V = kWidth<float>;
   using Vec = Vector<float>;
 
   const DwconvTrainingCall& call;
   const TrainingScratch size;
-  const int64_t c_begin, channels;
-  int64_t pitch;
+  const int64_t c_begin, channels, pitch;
   float *weight, *scale, *shift, *mean, *linear, *constant;
   float *pivot, *sums;  // of the block
   float* dweight;
@@ -47,6 +45,7 @@ struct StagedRows {
 
   StagedRows(const DwconvTrainingCall& c, int64_t begin, int64_t end, bool d, void* scratch)
       : call(c), size(c, end - begin), c_begin(begin), channels(end - begin), pitch(size.pitch) {
+    const int64_t K = call.KH;
     auto* next = static_cast<float*>(scratch);
     // The rows of d come last.
     const int64_t used = size.floats - (d ? 0 : K * size.d_columns * pitch);
@@ -63,7 +62,7 @@ struct StagedRows {
       return to;
     };
     weight = take(K * K);
-    for (int tap = 0; tap < K * K; ++tap)
+    for (int64_t tap = 0; tap < K * K; ++tap)
       copied(static_cast<const float*>(call.weight) + tap * call.K, weight + tap * pitch);
     scale = copied(call.scale, take(1));
     shift = copied(call.shift, take(1));
@@ -77,18 +76,48 @@ struct StagedRows {
     dx_line = take(size.dx_columns);
     x_rows = take(K * size.x_columns);
     d_rows = take(K * size.d_columns);
-    reach_h = (call.OH - 1) * S + K - call.top, reach_w = (call.OW - 1) * S + K - call.left;
+    reach_h = (call.OH - 1) * call.SH + K - call.top,
+    reach_w = (call.OW - 1) * call.SW + K - call.left;
     reach_h = reach_h < call.H ? reach_h : call.H;
     reach_w = reach_w < call.W ? reach_w : call.W;
   }
 
   // ---- rows in and out -------------------------------------------------------------------------
+  // body(a value of the type that x, dy and dx have).
+  template <typename Body>
+  void with_element(const Body& body) const {
+    switch (call.element) {
+      case Element::bf16: return body(bf16{});
+      case Element::f16: return body(f16{});
+      default: return body(0.0f);
+    }
+  }
+
   // The first `count` pixels of row `row` of a tensor of `rows` x `columns` pixels.
   void load_row(const void* tensor, int64_t rows, int64_t columns, int64_t row, int64_t count,
                 float* to) const {
-    const auto* base = static_cast<const Elem*>(tensor);
-    if (!call.channels_last) return load_planes(base, rows, columns, row, count, to);
-    const Elem* from = base + (n * rows + row) * columns * call.K + c_begin;
+    with_element([&](auto element) {
+      const auto* base = static_cast<const decltype(element)*>(tensor);
+      if (call.channels_last)
+        load_pixels(base + (n * rows + row) * columns * call.K + c_begin, count, to);
+      else
+        load_planes(base + (n * call.K + c_begin) * rows * columns + row * columns, rows * columns,
+                    count, to);
+    });
+  }
+  // dx's row ih.
+  void store_row(int64_t ih, const float* from) const {
+    with_element([&](auto element) {
+      auto* base = static_cast<decltype(element)*>(call.dx);
+      if (call.channels_last)
+        store_pixels(base + (n * call.H + ih) * call.W * call.C + c_begin, from);
+      else
+        store_planes(base + (n * call.K + c_begin) * call.H * call.W + ih * call.W, from);
+    });
+  }
+
+  template <typename Elem>
+  void load_pixels(const Elem* from, int64_t count, float* to) const {
     for (int64_t i = 0; i < count; ++i, from += call.K, to += pitch) {
       int64_t v = 0;
       for (; v + V <= channels; v += V) store(to + v, load(from + v));
@@ -96,11 +125,9 @@ struct StagedRows {
     }
   }
 
-  void load_planes(const Elem* base, int64_t rows, int64_t columns, int64_t row, int64_t count,
-                   float* to) const {
-    const int64_t plane = rows * columns;
-    for (int64_t v = 0; v < channels; v += V) {
-      const Elem* from = base + (n * call.K + c_begin + v) * plane + row * columns;
+  template <typename Elem>
+  void load_planes(const Elem* from, int64_t plane, int64_t count, float* to) const {
+    for (int64_t v = 0; v < channels; v += V, from += V * plane) {
       const int64_t planes = channels - v < V ? channels - v : V;
       for (int64_t i = 0; i < count; i += V) {
         const int part = static_cast<int>(count - i < V ? count - i : V);
@@ -114,11 +141,8 @@ struct StagedRows {
     }
   }
 
-  // dx's row ih.
-  void store_row(int64_t ih, const float* from) const {
-    auto* base = static_cast<Elem*>(call.dx);
-    if (!call.channels_last) return store_planes(base, ih, from);
-    Elem* to = base + (n * call.H + ih) * call.W * call.C + c_begin;
+  template <typename Elem>
+  void store_pixels(Elem* to, const float* from) const {
     for (int64_t i = 0; i < call.W; ++i, to += call.C, from += pitch) {
       int64_t v = 0;
       for (; v + V <= channels; v += V) store(to + v, load(from + v));
@@ -126,10 +150,10 @@ struct StagedRows {
     }
   }
 
-  void store_planes(Elem* base, int64_t ih, const float* from) const {
+  template <typename Elem>
+  void store_planes(Elem* to, const float* from) const {
     const int64_t plane = call.H * call.W;
-    for (int64_t v = 0; v < channels; v += V) {
-      Elem* to = base + (n * call.K + c_begin + v) * plane + ih * call.W;
+    for (int64_t v = 0; v < channels; v += V, to += V * plane) {
       const int64_t planes = channels - v < V ? channels - v : V;
       for (int64_t i = 0; i < call.W; i += V) {
         const int part = static_cast<int>(call.W - i < V ? call.W - i : V);
@@ -147,7 +171,7 @@ struct StagedRows {
   }
 
   const float* x_row(int64_t ih) const {
-    return ih >= 0 && ih < reach_h ? x_rows + ih % K * size.x_columns * pitch : zeros;
+    return ih >= 0 && ih < reach_h ? x_rows + ih % call.KH * size.x_columns * pitch : zeros;
   }
 
   void stage(int64_t begin, int64_t end) {
@@ -155,16 +179,16 @@ struct StagedRows {
     if (end > reach_h) end = reach_h;
     for (; staged < end; ++staged)
       load_row(call.x, call.H, call.W, staged, reach_w,
-               x_rows + (staged % K * size.x_columns + call.left) * pitch);
+               x_rows + (staged % call.KH * size.x_columns + call.left) * pitch);
   }
 
   // A slice of a later row, into the second-level cache, while there is something to compute.
   void foresee(const void* tensor, int64_t pixel, int64_t pixels, int64_t v) const {
     if (!call.prefetch || !call.channels_last) return;
-    constexpr auto kSize = static_cast<int64_t>(sizeof(Elem));
+    const int64_t bytes = call.element == Element::f32 ? 4 : 2;
     const int64_t end = v + V < channels ? v + V : channels;
     const int64_t first = pixels * v / channels, last = pixels * end / channels;
-    prefetch(static_cast<const Elem*>(tensor) + (pixel + first) * call.K + c_begin,
-             (last - first) * call.K * kSize);
+    prefetch(static_cast<const char*>(tensor) + ((pixel + first) * call.K + c_begin) * bytes,
+             (last - first) * call.K * bytes);
   }
 };

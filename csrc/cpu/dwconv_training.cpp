@@ -30,14 +30,14 @@ struct Training {
   const Problem& p;
   DwconvTrainingCall call{};
   bool fast;
-  const Kernels& kernels;
+  const TrainingKernels& kernels;
   std::vector<Acc> weight_memory;
 
   Training(const Problem& problem, const Tensor& x, const Tensor& weight, Layout layout)
       : p(problem),
         call{dwconv_call(p)},
         fast(dwconv_training_is_fast(call, narrowed_kernels(p.K).width)),
-        kernels(fast ? narrowed_kernels(p.K) : active_kernels()) {
+        kernels(*(fast ? narrowed_kernels(p.K) : active_kernels()).training) {
     call.channels_last = layout == Layout::channels_last;
     call.x = x.const_data_ptr();
     call.weight = by_tap<Acc>(p, weight, false, weight_memory);

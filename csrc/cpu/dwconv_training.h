@@ -2,26 +2,20 @@
 
 // run(rows, block) or run(plane, block, channel) for tasks [begin, end): blocks of a chunk of
 // channels, then those of the next.
+template <typename Rows, typename Run>
+static void training_rows(const DwconvTrainingCall& call, int64_t begin, int64_t end, bool d,
+                          void* scratch, int64_t blocks, const Run& run) {
+  while (begin < end) {
+    const int64_t chunk = begin / blocks, c = chunk * call.channel_chunk;
+    const int64_t c_end = chunk + 1 < call.channel_chunks ? c + call.channel_chunk : call.K;
+    Rows rows(call, c, c_end, d, scratch);
+    for (; begin < end && begin / blocks == chunk; ++begin) run(rows, begin % blocks);
+  }
+}
+
 template <typename Elem, typename Run>
-static void training_tasks(const DwconvTrainingCall& call, int64_t begin, int64_t end, bool d,
-                           void* scratch, const Run& run) {
-  const int64_t blocks = (call.N + call.images - 1) / call.images * call.bands;
-  if constexpr (sizeof(Elem) <= 4)
-    if (dwconv_training_is_fast(call, kWidth<float>)) {
-      auto fast = [&](auto kernel, auto stride) __attribute__((always_inline)) {
-        while (begin < end) {
-          const int64_t chunk = begin / blocks, c = chunk * call.channel_chunk;
-          const int64_t c_end = chunk + 1 < call.channel_chunks ? c + call.channel_chunk : call.K;
-          TrainingRows<Elem, decltype(kernel)::value, decltype(stride)::value> rows(call, c, c_end,
-                                                                                    d, scratch);
-          for (; begin < end && begin / blocks == chunk; ++begin) run(rows, begin % blocks);
-        }
-      };
-      if (call.KH == 3 && call.SH == 1) return fast(Constant<3>{}, Constant<1>{});
-      if (call.KH == 3 && call.SH == 2) return fast(Constant<3>{}, Constant<2>{});
-      if (call.KH == 5 && call.SH == 1) return fast(Constant<5>{}, Constant<1>{});
-      if (call.KH == 5 && call.SH == 2) return fast(Constant<5>{}, Constant<2>{});
-    }
+static void training_planes(const DwconvTrainingCall& call, int64_t begin, int64_t end,
+                            void* scratch, int64_t blocks, const Run& run) {
   TrainingPlane<Elem> plane(call, scratch);
   for (; begin < end; ++begin) run(plane, begin % blocks, begin / blocks);
 }
@@ -29,11 +23,25 @@ static void training_tasks(const DwconvTrainingCall& call, int64_t begin, int64_
 template <typename Run>
 MNET_INLINE void training_of(const DwconvTrainingCall& call, int64_t begin, int64_t end, bool d,
                              void* scratch, const Run& run) {
+  const int64_t blocks = (call.N + call.images - 1) / call.images * call.bands;
+  if (dwconv_training_is_fast(call, kWidth<float>)) {
+    auto fast = [&](auto kernel, auto stride) __attribute__((always_inline)) {
+      using Rows = TrainingRows<decltype(kernel)::value, decltype(stride)::value>;
+      training_rows<Rows>(call, begin, end, d, scratch, blocks, run);
+    };
+    if (call.KH == 3 && call.SH == 1) return fast(Constant<3>{}, Constant<1>{});
+    if (call.KH == 3 && call.SH == 2) return fast(Constant<3>{}, Constant<2>{});
+    if (call.KH == 5 && call.SH == 1) return fast(Constant<5>{}, Constant<1>{});
+    if (call.KH == 5 && call.SH == 2) return fast(Constant<5>{}, Constant<2>{});
+  }
+  auto general = [&](auto element) __attribute__((always_inline)) {
+    training_planes<decltype(element)>(call, begin, end, scratch, blocks, run);
+  };
   switch (call.element) {
-    case Element::f32: return training_tasks<float>(call, begin, end, d, scratch, run);
-    case Element::f64: return training_tasks<double>(call, begin, end, d, scratch, run);
-    case Element::bf16: return training_tasks<bf16>(call, begin, end, d, scratch, run);
-    case Element::f16: return training_tasks<f16>(call, begin, end, d, scratch, run);
+    case Element::f32: return general(float{});
+    case Element::f64: return general(double{});
+    case Element::bf16: return general(bf16{});
+    case Element::f16: return general(f16{});
   }
 }
 

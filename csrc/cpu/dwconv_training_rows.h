@@ -7,19 +7,10 @@
 // and written row after row, no tile of columns has a border, and all operands come from the
 // second-level cache. Included once per instruction set (see instruction_set.inc).
 
-template <typename Elem, int K, int S>
-struct TrainingRows : StagedRows<Elem, K, S> {
-  using Staged = StagedRows<Elem, K, S>;
-  static constexpr int V = kWidth<float>;
-  using Vec = Vector<float>;
+template <int K, int S>
+struct TrainingRows : StagedRows {
   static constexpr int kWide = kRegisters >= 32 ? 7 : 4, kNarrow = kRegisters >= 32 ? 4 : 2;
-
-  using Staged::call, Staged::size, Staged::c_begin, Staged::channels, Staged::pitch, Staged::n;
-  using Staged::constant, Staged::pivot, Staged::sums, Staged::dweight, Staged::zeros;
-  using Staged::dy_row, Staged::dx_line, Staged::d_rows, Staged::staged, Staged::x_row;
-  using Staged::stage, Staged::foresee, Staged::load_row, Staged::store_row;
-  using Staged::Staged;
-  using Staged::weight, Staged::scale, Staged::shift, Staged::mean, Staged::linear;
+  using StagedRows::StagedRows;
 
   // ---- convolution ---------------------------------------------------------------------------
   // Output row oh: finish(v, ow, sum, full) for every tile of T columns of a vector of channels.

@@ -137,6 +137,7 @@ struct InterleaveCall {
   static constexpr int64_t KH = 1, SH = 1, DH = 1, top = 0;
 };
 
+struct TrainingKernels;
 struct Kernels {
   const char* name;
   int64_t width;  // float lanes of a vector
@@ -155,6 +156,11 @@ struct Kernels {
   void (*pool_channels_last)(const MapCall&, int64_t begin, int64_t end);
   void (*scale_channels_last)(const MapCall&, int64_t begin, int64_t end);
   void (*interleave)(const InterleaveCall&);
+  const TrainingKernels* training;
+};
+
+struct TrainingKernels {
+  int64_t width;  // float lanes of a vector
   // Partials: a pivot, and the sums of (convolution - pivot) and of its square, each in two
   // numbers.
   void (*dwconv_statistics)(const DwconvTrainingCall&, int64_t begin, int64_t end, void* scratch);

@@ -4,13 +4,13 @@
 
 // Channels [channel, channel + B vectors) of one image; the last vector may be cut short.
 template <typename Elem, int B>
-static void pool_channels(const MapCall& call, const Elem* x, Elem* y, int lanes_in_last) {
+static void pool_channels(const MapCall& call, const Elem* x, Elem* y, int lanes) {
   constexpr int V = kWidth<float>;
   // Sums of few values, then of few such sums, and so on: rounding errors of a long sum of values
   // of one sign grow with its length.
   constexpr int64_t kFew = 16;
   auto from = [&](const Elem* p, int b) __attribute__((always_inline)) {
-    return b == B - 1 && lanes_in_last < V ? load_first(p + b * V, lanes_in_last) : load(p + b * V);
+    return B == 1 && lanes < V ? load_first(p + b * V, lanes) : load(p + b * V);
   };
   Vector<float> total[B] = {}, sum[B] = {}, piece[B] = {};
   for (int64_t p = 0; p < call.pixels;) {
@@ -29,8 +29,8 @@ static void pool_channels(const MapCall& call, const Elem* x, Elem* y, int lanes
 #pragma GCC unroll 8
   for (int b = 0; b < B; ++b) {
     const Vector<float> mean = total[b] / static_cast<float>(call.pixels);
-    if (b == B - 1 && lanes_in_last < V)
-      store_first(y + b * V, mean, lanes_in_last);
+    if (B == 1 && lanes < V)
+      store_first(y + b * V, mean, lanes);
     else
       store(y + b * V, mean);
   }
@@ -73,13 +73,4 @@ static void scale_map(const MapCall& call, int64_t begin, int64_t end) {
         store_first(y + c, load_first(x + c, rest) * load_first(gate + c, rest), rest);
     }
   }
-}
-
-static void pool_channels_last(const MapCall& call, int64_t begin, int64_t end) {
-  if (call.element == Element::bf16) return pool<bf16>(call, begin, end);
-  pool<float>(call, begin, end);
-}
-static void scale_channels_last(const MapCall& call, int64_t begin, int64_t end) {
-  if (call.element == Element::bf16) return scale_map<bf16>(call, begin, end);
-  scale_map<float>(call, begin, end);
 }

@@ -183,8 +183,12 @@ MNET_INLINE void prefetch(const void* from, int64_t bytes) {
     __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
 }
 
-// ---- the first n lanes (0 < n < width); nothing behind them is touched
-// ---------------------------
+// ---- the first n lanes (0 < n < width); nothing behind them is touched --------------------------
+#if defined(MNET_AVX512)
+constexpr bool kMasks = true;  // it takes no longer than a whole vector
+#else
+constexpr bool kMasks = false;
+#endif
 template <typename Elem>
 MNET_INLINE Vector<Accumulator<Elem>> load_first(const Elem* p, int n) {
 #if defined(MNET_AVX512)
