@@ -110,8 +110,9 @@ def interleave(
         min_sample_s: a sample repeats its call until it lasts about this long, so that the
             clock's own cost and grain do not show.
         settle_s: a turn begins with a pause of this length, in which the thread pool of the
-            candidate before stops spinning, and with one call that does not count, which fills the
-            caches; not before calls longer than ``LONG_CALL_S``. 0: neither.
+            candidate before stops spinning, and with as many calls as are then timed, which do not
+            count: the caches of the candidate before turn into its own only over several calls;
+            not before calls longer than ``LONG_CALL_S``. 0: neither.
         synchronize: waits for the device before the clock is read; None on the CPU.
         on_round: told the fraction done, 0 to 1, after each round.
         clock: seconds, monotonic.
@@ -130,16 +131,20 @@ def interleave(
         return (clock() - start) / repeats
 
     # Two calls to warm up: the first may compile or pack weights, the second fills the caches
-    # that it left behind. The third tells how often a sample repeats.
-    once = {}
+    # that it left behind. The third tells how often a sample repeats, or, since it may still meet
+    # the threads of the candidate before, a sample by its measure does.
+    once, repeats = {}, {}
     for name, call in calls.items():
         sample(call, 2)
-        once[name] = max(sample(call, 1), 1e-9)
-    repeats = {name: max(1, math.ceil(min_sample_s / t)) for name, t in once.items()}
+        once[name] = sample(call, 1)
+        if once[name] < min_sample_s:
+            once[name] = sample(call, math.ceil(min_sample_s / max(once[name], 1e-9)))
+        repeats[name] = max(1, math.ceil(min_sample_s / max(once[name], 1e-9)))
     settled = {name for name in calls if settle_s > 0 and once[name] <= LONG_CALL_S}
     if rounds is None:
         round_s = sum(
-            once[name] * repeats[name] + (settle_s + once[name] if name in settled else 0.0)
+            once[name] * repeats[name] * (2 if name in settled else 1)
+            + (settle_s if name in settled else 0.0)
             for name in calls
         )
         rounds = min(max(int(budget_s / round_s), MIN_ROUNDS), MAX_ROUNDS)
@@ -155,7 +160,7 @@ def interleave(
             for name in names:
                 if name in settled:
                     sleep(settle_s)
-                    sample(calls[name], 1)
+                    sample(calls[name], repeats[name])
                 samples[name].append(sample(calls[name], repeats[name]))
             if on_round is not None:
                 on_round((number + 1) / rounds)

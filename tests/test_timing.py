@@ -93,9 +93,16 @@ def test_short_calls_are_repeated_until_the_clock_can_see_them():
         min_sample_s=1.0,
         clock=clock,
     )
-    assert clock.log.count("s") == 3 + 2 * 4
+    assert clock.log.count("s") == 3 + 4 + 2 * 4
     assert clock.log.count("l") == 3 + 2
     assert spreads["short"].samples == (0.25, 0.25)
+
+
+def test_one_slow_call_does_not_make_samples_short():
+    clock = Clock()
+    call = clock.call("s", 1.0, 1.0, 5.0, *[0.25] * 60)  # the third met somebody's threads
+    interleave({"short": call}, rounds=2, min_sample_s=10.0, clock=clock)
+    assert len(clock.log) == 3 + 2 + 2 * 40
 
 
 @pytest.mark.parametrize(
@@ -107,7 +114,7 @@ def test_rounds_follow_the_budget_within_bounds(seconds, expected):
     assert len(spreads["a"].samples) == expected
 
 
-def test_a_turn_begins_with_a_pause_and_a_call_that_does_not_count():
+def test_a_turn_begins_with_a_pause_and_calls_that_do_not_count():
     clock = Clock()
     pause = LONG_CALL_S / 8
 
@@ -123,6 +130,13 @@ def test_a_turn_begins_with_a_pause_and_a_call_that_does_not_count():
     assert "".join(clock.log) == "ssslll" + "_ssl" + "l_ss"
     assert spreads["s"].samples == pytest.approx((short, short))
     assert spreads["l"].samples == pytest.approx((long, long))
+
+    clock.log.clear()
+    interleave(
+        {"s": clock.call("s", short)},
+        rounds=1, min_sample_s=1.5 * short, settle_s=pause, clock=clock, sleep=sleep,
+    )  # fmt: skip
+    assert "".join(clock.log) == "sss" + "ss" + "_ssss"
 
 
 def test_pauses_count_towards_the_budget():

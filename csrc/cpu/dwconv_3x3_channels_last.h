@@ -199,19 +199,23 @@ MNET_INLINE Aliasing aliasing_of(const DwconvCall& call, int64_t size) {
   return {costs && ahead == 0 && call.OW <= kStageColumns, ahead > 0 && ahead <= 128};
 }
 
-// R output rows from oh on, all columns, channels [c_begin, c_end).
+// What is left of a thread's input to ask for, in the order of memory: its walks do so a share at
+// every step, ahead of where they are.
+struct Ahead {
+  const char *next, *end;
+};
+
+// R output rows from oh on, all columns, channels [c_begin, c_end). Returns what is left to ask
+// for.
 template <typename Taps, typename Elem, int S, int R, bool Clamped>
-static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_begin,
-                     int64_t c_end) {
+static Ahead dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_begin, int64_t c_end,
+                      Ahead ahead) {
   constexpr int64_t kSize = sizeof(Elem), kBlock = Taps::kChannels;
   const int64_t ih = oh * S - call.top;
   const WalkRows<Elem, R, S> rows(call, n, ih);
-  const int64_t in_pixel = call.C * kSize, in_row = call.W * in_pixel;
-  // The R * S rows below, which the next R output rows read for the first time: asked for in the
-  // order of memory, a share at every step.
-  constexpr int64_t kShare = R * S * kBlock * kSize;
-  const char* below =
-      static_cast<const char*>(call.x) + (n * call.H + ih + (R - 1) * S + 3) * in_row;
+  const int64_t in_pixel = call.C * kSize;
+  // As much as the next walk reads for the first time.
+  constexpr int64_t kShare = Taps::template kRows<S> * S * kBlock * kSize;
   auto* y = static_cast<Elem*>(call.y) + (n * call.OH + oh) * call.OW * call.K;
   alignas(64) char stage_memory[(kStageColumns + 1) * kStagePixel];
   const Aliasing alias = aliasing_of(call, kSize);
@@ -219,7 +223,7 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
   // What a store might change, to the compiler's mind.
   const int64_t OW = call.OW, K = call.K;
   const int64_t to_pixel = staged ? kStagePixel / kSize : K, to_row = staged ? 64 / kSize : OW * K;
-  const bool prefetches = call.prefetch && call.channel_chunks == 1, streams = call.stream;
+  const bool streams = call.stream;
   const Clamp<float> clamp = clamp_of<float>(call.activation);
   // Columns are counted from the first one that an output reads, in the padding or not.
   const int64_t left = call.left, right = left + call.W, end = (OW - 1) * S + 3;
@@ -234,6 +238,7 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
     using Sum = typename Taps::Sum;
     Sum begun[R] = {}, half[R] = {};  // outputs that lack two columns, and one
     int64_t offset = c * kSize;
+    const bool asks = ahead.next < ahead.end;
     const auto line = reinterpret_cast<std::uintptr_t>(static_cast<const Elem*>(call.x) + c) -
                       reinterpret_cast<std::uintptr_t>(stage_memory);
     auto* const stage = reinterpret_cast<Elem*>(
@@ -244,7 +249,7 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
       constexpr bool kOdd = decltype(odd)::value;
       typename Taps::template Column<R, S> in{};
       if (inside) {
-        if (prefetches) prefetch(below, kShare), below += kShare;
+        if (asks) prefetch(ahead.next, kShare), ahead.next += kShare;
         in.read(rows, offset);
         offset += in_pixel;
       }
@@ -286,6 +291,7 @@ static void dw3_walk(const DwconvCall& call, int64_t n, int64_t oh, int64_t c_be
           __builtin_memcpy(y + (r * OW + i) * K + c, stage + r * to_row + i * to_pixel,
                            kBlock * kSize);
   }
+  return ahead;
 }
 
 template <typename Taps, typename Elem, int S>
@@ -293,22 +299,36 @@ static void dw3_rows(const DwconvCall& call, int64_t n, int64_t oh, int64_t oh_e
                      int64_t c_end) {
   constexpr int kRows = Taps::template kRows<S>;
   const bool clamped = clamp_of<float>(call.activation).exact;
+  // Small walks come first: nobody has asked for the rows of the first. A single row has little to
+  // share.
+  auto rows_of_next = [&] {
+    const int64_t left = oh_end - oh, rest = left % kRows;
+    return left == 1 ? 1 : rest == 0 ? kRows : rest > 1 ? rest : kRows == 2 ? 3 : 2;
+  };
+  auto input = [&](int64_t output_rows) {  // where the rows end that so many output rows read
+    const int64_t row = n * call.H + (output_rows - 1) * S - call.top + 3, rows = call.N * call.H;
+    return static_cast<const char*>(call.x) +
+           (row < rows ? row : rows) * call.W * call.C * static_cast<int64_t>(sizeof(Elem));
+  };
+  Ahead ahead{};
+  if (call.prefetch && call.channel_chunks == 1)  // at a call's end also for what may come after it
+    ahead = {input(oh + rows_of_next()), input(oh_end < call.OH ? oh_end : oh_end + kRows)};
   auto walk = [&](auto rows) __attribute__((always_inline)) {
     constexpr int R = decltype(rows)::value;
     if (clamped)
-      dw3_walk<Taps, Elem, S, R, true>(call, n, oh, c_begin, c_end);
+      ahead = dw3_walk<Taps, Elem, S, R, true>(call, n, oh, c_begin, c_end, ahead);
     else
-      dw3_walk<Taps, Elem, S, R, false>(call, n, oh, c_begin, c_end);
+      ahead = dw3_walk<Taps, Elem, S, R, false>(call, n, oh, c_begin, c_end, ahead);
     oh += R;
   };
   while (oh < oh_end) {
-    const int64_t left = oh_end - oh;
-    if (left == 1)
+    const int64_t rows = rows_of_next();
+    if (rows == 1)
       walk(Constant<1>{});
-    else if (left == 3 || left == kRows + 1)  // a single row has little to share
-      walk(Constant<3>{});
-    else if (left == 2 || kRows == 2)
+    else if (rows == 2)
       walk(Constant<2>{});
+    else if (rows == 3)
+      walk(Constant<3>{});
     else
       walk(Constant<kRows>{});
   }

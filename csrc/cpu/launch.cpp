@@ -8,7 +8,7 @@
 namespace mnet::cpu {
 namespace {
 
-// Inputs from this size on come, in part at least, from beyond the second-level cache.
+// Calls from this size on, in and out, find part of their input beyond the second-level cache.
 constexpr int64_t kPrefetchFrom = int64_t{1} << 20;
 
 Element element_of(DType dtype) {
@@ -85,7 +85,8 @@ DwconvCall dwconv_call(const Problem& p) {
   call.element = element_of(p.dtype);
   call.activation = p.activation;
   call.slope = p.slope;
-  call.prefetch = p.N * p.H * p.W * p.C * size_of(p.dtype) > kPrefetchFrom;
+  const int64_t elements = p.N * (p.C * p.H * p.W + p.K * p.OH * p.OW);
+  call.prefetch = elements * size_of(p.dtype) > kPrefetchFrom;
   return call;
 }
 
