@@ -191,12 +191,15 @@ struct NormGradient {
   // The gradient of the norm's result at z, and z less the mean.
   inline __attribute__((always_inline)) void at(const ConvTrainingCall& call, int64_t offset,
                                                 Vector<float>* centred, Vector<float>* dz) const {
+    const int64_t ahead = kRun * call.K;  // the next run
     Vector<float> u[G];
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
       centred[g] = load_lanes(call.z + offset + g * V, lanes) - mean[g];
       u[g] = centred[g] * scale[g] + shift[g];
       dz[g] = load_lanes(call.dy + offset + g * V, lanes);
+      __builtin_prefetch(call.z + offset + ahead + g * V, 0, 2);
+      __builtin_prefetch(call.dy + offset + ahead + g * V, 0, 2);
     }
     if (bounds.exact) {
 #pragma GCC unroll 4
@@ -300,15 +303,27 @@ static void conv_data_gradient(const ConvTrainingCall& call, int64_t begin, int6
     data_gradient(call, block * call.block, scratch);
 }
 
+// Slices of the block behind this one, of a cache line a pixel: of z, of dy and of x.
+constexpr int64_t kLine = 16;
+MNET_INLINE const float* foreseen(const ConvTrainingCall& call, int64_t slice) {
+  const int64_t first = call.chunk_first + call.chunk_pixels, count = call.chunk_pixels * kLine;
+  const int64_t of_z = call.K / kLine;
+  if (slice < of_z) return call.z + first * call.K + slice * count;
+  slice -= of_z;
+  if (slice < of_z) return call.dy + first * call.K + slice * count;
+  return call.x + first * call.C + (slice - of_z) * count;
+}
+
 // One tile of the weight's gradient, of pixels [begin, end) of the chunk.
 template <int Vectors>
 MNET_INLINE void weight_gradient_tile(const float* d, const float* x, int64_t x_stride,
                                       int64_t begin, int64_t end, bool adds, float* to,
-                                      int64_t pitch, int64_t rows, int lanes) {
+                                      int64_t pitch, int64_t rows, int lanes, const float* next) {
   using Vec = Vector<float>;
   constexpr int V = kWidth<float>, R = kGradientRows;
   Vec sum[R][Vectors] = {};
   for (int64_t p = begin; p < end; ++p) {
+    __builtin_prefetch(next + p * kLine, 0, 2);
     Vec in[Vectors];
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) in[v] = load(x + v * x_stride + p * V);
@@ -332,6 +347,7 @@ MNET_INLINE void weight_gradient_tile(const float* d, const float* x, int64_t x_
 // of them. Longer sums are added up from sums of kPixels.
 static void weight_gradient(const ConvTrainingCall& call, int64_t begin, int64_t end, bool to_add) {
   constexpr int V = kWidth<float>, R = kGradientRows;
+  int64_t slice = 0;
   constexpr int64_t kPixels = 256;
   const int64_t tiles = (call.K + R - 1) / R;
   const int64_t groups = (tiles + call.row_tiles - 1) / call.row_tiles;
@@ -344,15 +360,16 @@ static void weight_gradient(const ConvTrainingCall& call, int64_t begin, int64_t
       const int64_t p_end = p + kPixels < call.chunk_pixels ? p + kPixels : call.chunk_pixels;
       for (int64_t tile = first; tile < last; ++tile) {
         const float* d = call.d_panels + tile * call.d_stride;
+        const float* next = foreseen(call, slice++);
         float* to = call.dweight + tile * R * call.C + c;
         const int64_t rows = call.K - tile * R;
         const int lanes = static_cast<int>(width > V ? width - V : width);
         if (width > V)
           weight_gradient_tile<2>(d, x, call.x_stride, p, p_end, p > 0 || to_add, to, call.C, rows,
-                                  lanes);
+                                  lanes, next);
         else
           weight_gradient_tile<1>(d, x, call.x_stride, p, p_end, p > 0 || to_add, to, call.C, rows,
-                                  lanes);
+                                  lanes, next);
       }
     }
   }
