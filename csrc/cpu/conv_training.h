@@ -303,15 +303,15 @@ static void conv_data_gradient(const ConvTrainingCall& call, int64_t begin, int6
     data_gradient(call, block * call.block, scratch);
 }
 
-// Slices of the block behind this one, of a cache line a pixel: of z, of dy and of x.
+// Of slabs: what is to come while a tile of the weight's gradient is computed, a cache line a
+// pixel: slices of the next block, of z, of dy and of x.
 constexpr int64_t kLine = 16;
-MNET_INLINE const float* foreseen(const ConvTrainingCall& call, int64_t slice) {
-  const int64_t first = call.chunk_first + call.chunk_pixels, count = call.chunk_pixels * kLine;
-  const int64_t of_z = call.K / kLine;
-  if (slice < of_z) return call.z + first * call.K + slice * count;
-  slice -= of_z;
-  if (slice < of_z) return call.dy + first * call.K + slice * count;
-  return call.x + first * call.C + (slice - of_z) * count;
+MNET_INLINE const float* foreseen(const ConvTrainingCall& call, int64_t tile) {
+  const int64_t first = call.chunk_first + call.chunk_pixels, slices = call.K / kLine;
+  const int64_t slice = call.chunk_pixels * kLine;
+  if (tile < slices) return call.z + first * call.K + tile * slice;
+  if (tile < 2 * slices) return call.dy + first * call.K + (tile - slices) * slice;
+  return call.x + first * call.C + (tile - 2 * slices) * slice;
 }
 
 // One tile of the weight's gradient, of pixels [begin, end) of the chunk.
@@ -347,7 +347,6 @@ MNET_INLINE void weight_gradient_tile(const float* d, const float* x, int64_t x_
 // of them. Longer sums are added up from sums of kPixels.
 static void weight_gradient(const ConvTrainingCall& call, int64_t begin, int64_t end, bool to_add) {
   constexpr int V = kWidth<float>, R = kGradientRows;
-  int64_t slice = 0;
   constexpr int64_t kPixels = 256;
   const int64_t tiles = (call.K + R - 1) / R;
   const int64_t groups = (tiles + call.row_tiles - 1) / call.row_tiles;
@@ -360,7 +359,7 @@ static void weight_gradient(const ConvTrainingCall& call, int64_t begin, int64_t
       const int64_t p_end = p + kPixels < call.chunk_pixels ? p + kPixels : call.chunk_pixels;
       for (int64_t tile = first; tile < last; ++tile) {
         const float* d = call.d_panels + tile * call.d_stride;
-        const float* next = foreseen(call, slice++);
+        const float* next = call.slabs > 1 ? foreseen(call, task * tiles + tile) : d;
         float* to = call.dweight + tile * R * call.C + c;
         const int64_t rows = call.K - tile * R;
         const int lanes = static_cast<int>(width > V ? width - V : width);
