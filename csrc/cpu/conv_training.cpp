@@ -56,7 +56,7 @@ struct Training {
     constexpr int64_t kValues = int64_t{1} << 15, kMost = 1024, kLeast = 16, kBlocks = 16;
     const int64_t fit = std::clamp(kValues / std::max(p.C, p.K), 4 * kLeast, kMost);
     call.block = std::clamp(ceil_div(call.P, kBlocks), kLeast, fit);
-    call.block = ceil_div(call.P, ceil_div(blocks(), 4) * 4);
+    if (call.block == fit) call.block = ceil_div(call.P, ceil_div(blocks(), 4) * 4);  // even shares
     const auto filled = static_cast<std::size_t>(panels_of(std::max(p.C, p.K)) * kPanel);
     ones.assign(filled, 1.0f), zeros.assign(filled, 0.0f);
     call.ones = ones.data(), call.zeros = zeros.data();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,7 +29,7 @@ def run(conv: FusedConv2d, x: Tensor, weight: Tensor, depthwise: bool) -> Tensor
     """
     if not depthwise:
         if not _is_pointwise(conv) and x.requires_grad and torch.is_grad_enabled():
-            return None  # there is no gradient of x through patches
+            return None  # native is faster where pictures have a gradient
         if conv.fusion.free_layout:
             x = x.contiguous(memory_format=torch.channels_last)  # the layout of the fast paths
         elif not x.is_contiguous(memory_format=torch.channels_last):
@@ -83,8 +84,8 @@ def run(conv: FusedConv2d, x: Tensor, weight: Tensor, depthwise: bool) -> Tensor
 def why_not_dense(conv: FusedConv2d, device: str, dtype: torch.dtype) -> str | None:
     """The sentence why a convolution that is not depthwise is native in training mode, or None."""
     if not (_is_pointwise(conv) or _is_first(conv)):
-        kind = "convolutions neither depthwise nor 1x1 (stride 1, unpadded) nor of few channels"
-        return f"{kind} are native in training mode"
+        kinds = "depthwise, nor 1x1 (stride 1, unpadded), nor small and of pictures"
+        return f"convolutions neither {kinds} are native in training mode"
     if conv.fusion.backend not in (None, "cpu") or not device.startswith("cpu"):
         return "convolutions not depthwise are native in training mode but on the CPU"
     if dtype != torch.float32:
@@ -104,9 +105,12 @@ def _is_pointwise(conv: FusedConv2d) -> bool:
 
 
 def _is_first(conv: FusedConv2d) -> bool:
-    """Whether it may be a network's first: patches of pictures are small."""
+    """Whether it reads pictures, whose patches and the convolution's result take no more memory
+    than what native keeps: the pictures, that result and the norm's."""
+    taps = conv.in_channels * math.prod(conv.kernel_size)
     return (
         conv.in_channels <= 4
+        and taps <= conv.out_channels + conv.in_channels * math.prod(conv.stride)
         and conv.groups == 1
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"
