@@ -84,8 +84,8 @@ def run(conv: FusedConv2d, x: Tensor, weight: Tensor, depthwise: bool) -> Tensor
 def why_not_dense(conv: FusedConv2d, device: str, dtype: torch.dtype) -> str | None:
     """The sentence why a convolution that is not depthwise is native in training mode, or None."""
     if not (_is_pointwise(conv) or _is_first(conv)):
-        kinds = "depthwise, nor 1x1 (stride 1, unpadded), nor small and of pictures"
-        return f"convolutions neither {kinds} are native in training mode"
+        kinds = "depthwise, plain 1x1 and small first ones"
+        return f"convolutions but {kinds} are native in training mode"
     if conv.fusion.backend not in (None, "cpu") or not device.startswith("cpu"):
         return "convolutions not depthwise are native in training mode but on the CPU"
     if dtype != torch.float32:
