@@ -22,7 +22,7 @@ from mnet_kernels.recipe import nadam, step
 LAYERS = shapes("mobilenet_v1")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: alpha, size, batch
-STEPS = [(0.5, 32, 32), (0.5, 32, 128), (1.0, 224, 8)]
+STEPS = [(0.5, 32, 32), (0.5, 32, 128), (1.0, 224, 8), (1.0, 224, 32)]
 Call = Callable[[], Tensor]
 
 

@@ -277,7 +277,7 @@ def test_dense_convolutions_are_native_and_the_table_says_so(calls):
     assert_alike(native, fast, batch())
     assert len(calls) == 2
     reason = (
-        "convolutions neither depthwise nor 1x1 (stride 1, unpadded) are native in training mode"
+        "convolutions but depthwise, plain 1x1 and small first ones are native in training mode"
     )
     for mode, rows in (
         (True, [("cpu", ""), ("native", reason)]),
@@ -325,6 +325,47 @@ def test_1x1_convolutions_in_float32(name, monkeypatch):
         assert_alike(native, fast, batch().to(dtype), tolerance=tolerance)
     assert bool(calls) == served
     assert all(t[0].is_contiguous(memory_format=torch.channels_last) for t in calls)
+
+
+FIRST = {
+    "strided": (dict(out_channels=24, stride=2, padding=1), True),
+    "of a bias": (dict(out_channels=24, stride=2, bias=True), True),
+    "of uneven sizes": (
+        dict(in_channels=2, kernel_size=(3, 2), stride=(1, 2), padding=(0, 1)),
+        True,
+    ),
+    "1x1, strided": (dict(kernel_size=1, stride=2), True),
+    "of large patches": (dict(out_channels=8, stride=1, padding=1), False),
+    "dilated": (dict(out_channels=40, dilation=2), False),
+    "of many channels": (dict(in_channels=8, out_channels=64, stride=2), False),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_first_convolutions_in_float32(name, monkeypatch):
+    options, served = FIRST[name]
+    options = {"in_channels": 3, "out_channels": 12, "kernel_size": 3, "bias": False, **options}
+    found, operator = [], training.conv_bn_act_training
+    monkeypatch.setattr(
+        training, "conv_bn_act_training", lambda *t, **c: found.append(t) or operator(*t, **c)
+    )
+    model = nn.Sequential(
+        nn.Conv2d(**options), nn.BatchNorm2d(options["out_channels"]), nn.ReLU6(), nn.Flatten()
+    )
+    native = randomize(model).train()
+    fast = swap(copy.deepcopy(native)).train()
+    assert (explain(fast).rows[0].training == "cpu") == served
+    x = image(3, options["in_channels"], 11, 9)
+    for _ in range(2):
+        results = []
+        for module in (native, fast):
+            y = module(x)
+            (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+            results.append([y, *(p.grad for p in module.parameters()), *module.buffers()])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    assert len(found) == (2 if served else 0)
+    assert_alike(native, fast, x, tolerance=1e-4)  # x has a gradient: native
+    assert len(found) == (2 if served else 0)
 
 
 def test_1x1_convolutions_whose_layout_is_seen_stay_native_in_others(monkeypatch):

@@ -137,6 +137,10 @@ static void conv_tile(const ConvCall& call, Patches<Elem> patches, const char* w
   // root of a piece instead of the whole.
   Vector<float> total[P][Vectors];
   const int64_t steps = steps_of<Elem>(call);
+  // Where the sums will go, which is to be there by then.
+  if (!call.stream)
+    for (int p = 0; p < P; ++p)
+      for (int v = 0; v < Vectors; ++v) __builtin_prefetch(y + p * call.K + v * V, 1, 3);
   int64_t k = 0, row_end = patches.row;
   for (;;) {
     const int64_t k_end = steps - k > kPiece / kTaps ? k + kPiece / kTaps : steps;
@@ -384,9 +388,12 @@ static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scr
         const int64_t channel = panel * kPanel + column;
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t from = tile * count / tiles, to = (tile + 1) * count / tiles;
-          if (panel == 0 && column == 0 && call.pointwise)  // the same pixels of the next block
-            prefetch(image + (count + from) * call.C,
-                     (to - from) * call.C * static_cast<int64_t>(sizeof(Elem)));
+          if (column == 0 && call.pointwise) {  // of the same pixels of the next block, a part
+            const int64_t bytes = (to - from) * call.C * static_cast<int64_t>(sizeof(Elem));
+            const int64_t at = bytes * panel / panels;
+            prefetch(reinterpret_cast<const char*>(image + (count + from) * call.C) + at,
+                     bytes * (panel + 1) / panels - at);
+          }
           Patches<Elem> taken{patches + from * stride, stride, steps, 0};
           if (in_rows) {
             const Patches<Elem> inside = patches_in_image<Elem>(call, first + from, to - from);

@@ -56,6 +56,7 @@ struct Training {
     constexpr int64_t kValues = int64_t{1} << 15, kMost = 1024, kLeast = 16, kBlocks = 16;
     const int64_t fit = std::clamp(kValues / std::max(p.C, p.K), 4 * kLeast, kMost);
     call.block = std::clamp(ceil_div(call.P, kBlocks), kLeast, fit);
+    if (call.block == fit) call.block = ceil_div(call.P, ceil_div(blocks(), 4) * 4);  // even shares
     const auto filled = static_cast<std::size_t>(panels_of(std::max(p.C, p.K)) * kPanel);
     ones.assign(filled, 1.0f), zeros.assign(filled, 0.0f);
     call.ones = ones.data(), call.zeros = zeros.data();
@@ -107,7 +108,7 @@ void convolution_gradients(Training& training, const Tensor& weight, Tensor& dwe
   // Slabs write a gradient of the weight each, chunks the operands.
   if (2 * call.slabs * values > call.P * (call.C + call.K)) call.slabs = 1;
   const int64_t fit = std::max(kChunk / (call.C + call.K) / call.block, int64_t{1});
-  const int64_t chunk = (call.slabs > 1 ? 1 : std::min(fit, blocks)) * call.block;
+  const int64_t chunk = (call.slabs > 1 ? 1 : ceil_div(blocks, ceil_div(blocks, fit))) * call.block;
   // A line more, so that panels do not share cache sets.
   call.d_stride = chunk * R + kLine, call.x_stride = chunk * V + kLine;
   call.d_floats = ceil_div(call.K, std::max(V, R)) * std::max(V, R) / R * call.d_stride;

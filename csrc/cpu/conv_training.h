@@ -191,12 +191,15 @@ struct NormGradient {
   // The gradient of the norm's result at z, and z less the mean.
   inline __attribute__((always_inline)) void at(const ConvTrainingCall& call, int64_t offset,
                                                 Vector<float>* centred, Vector<float>* dz) const {
+    const int64_t ahead = kRun * call.K;  // the next run
     Vector<float> u[G];
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
       centred[g] = load_lanes(call.z + offset + g * V, lanes) - mean[g];
       u[g] = centred[g] * scale[g] + shift[g];
       dz[g] = load_lanes(call.dy + offset + g * V, lanes);
+      __builtin_prefetch(call.z + offset + ahead + g * V, 0, 2);
+      __builtin_prefetch(call.dy + offset + ahead + g * V, 0, 2);
     }
     if (bounds.exact) {
 #pragma GCC unroll 4
@@ -300,15 +303,27 @@ static void conv_data_gradient(const ConvTrainingCall& call, int64_t begin, int6
     data_gradient(call, block * call.block, scratch);
 }
 
+// Of slabs: what is to come while a tile of the weight's gradient is computed, a cache line a
+// pixel: slices of the next block, of z, of dy and of x.
+constexpr int64_t kLine = 16;
+MNET_INLINE const float* foreseen(const ConvTrainingCall& call, int64_t tile) {
+  const int64_t first = call.chunk_first + call.chunk_pixels, slices = call.K / kLine;
+  const int64_t slice = call.chunk_pixels * kLine;
+  if (tile < slices) return call.z + first * call.K + tile * slice;
+  if (tile < 2 * slices) return call.dy + first * call.K + (tile - slices) * slice;
+  return call.x + first * call.C + (tile - 2 * slices) * slice;
+}
+
 // One tile of the weight's gradient, of pixels [begin, end) of the chunk.
 template <int Vectors>
 MNET_INLINE void weight_gradient_tile(const float* d, const float* x, int64_t x_stride,
                                       int64_t begin, int64_t end, bool adds, float* to,
-                                      int64_t pitch, int64_t rows, int lanes) {
+                                      int64_t pitch, int64_t rows, int lanes, const float* next) {
   using Vec = Vector<float>;
   constexpr int V = kWidth<float>, R = kGradientRows;
   Vec sum[R][Vectors] = {};
   for (int64_t p = begin; p < end; ++p) {
+    __builtin_prefetch(next + p * kLine, 0, 2);
     Vec in[Vectors];
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) in[v] = load(x + v * x_stride + p * V);
@@ -344,15 +359,16 @@ static void weight_gradient(const ConvTrainingCall& call, int64_t begin, int64_t
       const int64_t p_end = p + kPixels < call.chunk_pixels ? p + kPixels : call.chunk_pixels;
       for (int64_t tile = first; tile < last; ++tile) {
         const float* d = call.d_panels + tile * call.d_stride;
+        const float* next = call.slabs > 1 ? foreseen(call, task * tiles + tile) : d;
         float* to = call.dweight + tile * R * call.C + c;
         const int64_t rows = call.K - tile * R;
         const int lanes = static_cast<int>(width > V ? width - V : width);
         if (width > V)
           weight_gradient_tile<2>(d, x, call.x_stride, p, p_end, p > 0 || to_add, to, call.C, rows,
-                                  lanes);
+                                  lanes, next);
         else
           weight_gradient_tile<1>(d, x, call.x_stride, p, p_end, p > 0 || to_add, to, call.C, rows,
-                                  lanes);
+                                  lanes, next);
       }
     }
   }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mnet_kernels.conv_training import conv_bn_act_training
@@ -26,6 +28,8 @@ def run(conv: FusedConv2d, x: Tensor, weight: Tensor, depthwise: bool) -> Tensor
         weight: its weight in x's dtype.
     """
     if not depthwise:
+        if not _is_pointwise(conv) and x.requires_grad and torch.is_grad_enabled():
+            return None  # native is faster where pictures have a gradient
         if conv.fusion.free_layout:
             x = x.contiguous(memory_format=torch.channels_last)  # the layout of the fast paths
         elif not x.is_contiguous(memory_format=torch.channels_last):
@@ -64,6 +68,8 @@ def run(conv: FusedConv2d, x: Tensor, weight: Tensor, depthwise: bool) -> Tensor
             dilation=conv.dilation,
         )
     else:
+        if not _is_pointwise(conv):
+            arguments = (*_as_pointwise(conv, x, weight), *arguments[2:])
         y = conv_bn_act_training(*arguments, **constants)
     if mean is not None:
         with torch.no_grad():
@@ -77,7 +83,18 @@ def run(conv: FusedConv2d, x: Tensor, weight: Tensor, depthwise: bool) -> Tensor
 
 def why_not_dense(conv: FusedConv2d, device: str, dtype: torch.dtype) -> str | None:
     """The sentence why a convolution that is not depthwise is native in training mode, or None."""
-    pointwise = (
+    if not (_is_pointwise(conv) or _is_first(conv)):
+        kinds = "depthwise, plain 1x1 and small first ones"
+        return f"convolutions but {kinds} are native in training mode"
+    if conv.fusion.backend not in (None, "cpu") or not device.startswith("cpu"):
+        return "convolutions not depthwise are native in training mode but on the CPU"
+    if dtype != torch.float32:
+        return "convolutions not depthwise are native in training mode but in float32"
+    return None
+
+
+def _is_pointwise(conv: FusedConv2d) -> bool:
+    return (
         conv.kernel_size == (1, 1)
         and conv.stride == (1, 1)
         and conv.groups == 1
@@ -85,14 +102,30 @@ def why_not_dense(conv: FusedConv2d, device: str, dtype: torch.dtype) -> str | N
         and conv.fusion.pad in ("same", (0, 0, 0, 0))
         and not (isinstance(conv.padding, tuple) and any(conv.padding))
     )
-    if not pointwise:
-        kind = "convolutions neither depthwise nor 1x1 (stride 1, unpadded)"
-        return f"{kind} are native in training mode"
-    if conv.fusion.backend not in (None, "cpu") or not device.startswith("cpu"):
-        return "1x1 convolutions are native in training mode but on the CPU"
-    if dtype != torch.float32:
-        return "1x1 convolutions are native in training mode but in float32"
-    return None
+
+
+def _is_first(conv: FusedConv2d) -> bool:
+    """Whether it reads pictures, whose patches and the convolution's result take no more memory
+    than what native keeps: the pictures, that result and the norm's."""
+    taps = conv.in_channels * math.prod(conv.kernel_size)
+    return (
+        conv.in_channels <= 4
+        and taps <= conv.out_channels + conv.in_channels * math.prod(conv.stride)
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+    )
+
+
+def _as_pointwise(conv: FusedConv2d, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The patches that the convolution reads, ``(N, Kh*Kw*C, OH, OW)`` channels_last, and its
+    weight as that of a 1x1 convolution of them."""
+    top, left, bottom, right = conv._all_edges(x)
+    x = F.pad(x, (left, right, top, bottom)).permute(0, 2, 3, 1)
+    for axis, size, step in zip((1, 2), conv.kernel_size, conv.stride, strict=True):
+        x = x.unfold(axis, size, step)
+    patches = x.permute(0, 1, 2, 4, 5, 3).flatten(3).permute(0, 3, 1, 2)
+    return patches, weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]
 
 
 def lacks(backend: str) -> str | None:
