@@ -21,11 +21,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(*arguments: str) -> subprocess.Popen:
+    """In the background; with Ctrl-C's signal heard, which background jobs of a shell ignore."""
     pipe = subprocess.PIPE
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*COMMAND, *arguments], stdout=pipe, stderr=pipe, text=True, env=environment
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # unlike "ignored", not kept
+    try:
+        return subprocess.Popen(
+            [*COMMAND, *arguments], stdout=pipe, stderr=pipe, text=True, env=environment
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- bad input ----
