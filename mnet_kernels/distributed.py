@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mnet_kernels.batches import deaf_to_workers
 from mnet_kernels.data import InputError
 
 
@@ -87,7 +89,18 @@ def group(device: str | None = None) -> Iterator[Group]:
 
 
 def lost_process(error: RuntimeError) -> str | None:
-    """In words, if ``error`` says that a process this one depends on has gone."""
+    """In words, if ``error`` says that a process this one depends on has gone.
+
+    The frames that the error came through then hold on to no other process any more.
+    """
+    with deaf_to_workers():
+        reason = _lost_process(error)
+        if reason is not None:
+            traceback.clear_frames(error.__traceback__)
+    return reason
+
+
+def _lost_process(error: RuntimeError) -> str | None:
     text = str(error)
     # "... in DataLoader worker process 0" is an error that the worker lived to tell of.
     worker = re.search(r"DataLoader worker( \(pid\(?s?\)? [\d, ]+\))?(?! process)", text)

@@ -105,9 +105,14 @@ class Blocks:
         """Both halves of the pair that begins at stage i."""
         return cast(tuple[FusedConv2d, FusedConv2d], tuple(self.modules[i : i + 2]))
 
-    def serve(self, x: Tensor) -> bool:
+    def serve(self, x: object) -> bool:
         """Whether some pair may go in one pass here; it costs little to ask."""
-        return self.has_pairs and (x.is_cuda or TRITON_INTERPRETED) and x.dim() == 4
+        return (
+            self.has_pairs
+            and type(x) is Tensor
+            and (x.is_cuda or TRITON_INTERPRETED)
+            and x.dim() == 4
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         pairs = self.pairs()

@@ -119,8 +119,8 @@ class Runner:
         self.convs = [module for module in self.modules if module is not None]
         self.channels = _inputs(self.convs[0])
         self.inert = [fast.get_submodule(path) for path in run.inert]
-        members = cast(list[nn.Module], list(owner._modules.values()))[run.start : run.stop]
-        modules = list(dict.fromkeys(m for member in members for m in member.modules()))
+        self.members = cast(list[nn.Module], list(owner._modules.values()))[run.start : run.stop]
+        modules = list(dict.fromkeys(m for member in self.members for m in member.modules()))
         #: The tree as it was found: what was exchanged since is not run over.
         self.parents = [m for m in modules if m._modules]
         self.tree = [(m._modules, tuple(m._modules.values())) for m in (owner, *self.parents)]
@@ -131,17 +131,16 @@ class Runner:
         self._seen: tuple[torch.Size, torch.dtype] | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        if recorded():
-            return None
-        y = self._packed_call(x)
+        y = self.on_cpu(x)
         if y is None and self.blocks.serve(x) and self._can_go_in_blocks(x):
             self._seen = None  # what is told of pairs is told of this call
             y = self.blocks(x)
             return y.flatten(1) if self.run.flat_output else y
         return y
 
-    def _packed_call(self, x: Tensor) -> Tensor | None:
-        if not self._serves(x):
+    def on_cpu(self, x: Tensor) -> Tensor | None:
+        """The operator's result, or None."""
+        if recorded() or not self._serves(x):
             return None
         packed = self._packed
         if packed is None or packed.dtype != x.dtype or not packed.watch.unchanged():
@@ -234,15 +233,12 @@ class Runner:
 
     def _can_go_in_blocks(self, x: Tensor) -> bool:
         return (
-            type(x) is Tensor
-            and not (torch.is_grad_enabled() and (x.requires_grad or self._requires_grad()))
+            not recorded()
             and not in_functorch()
+            and not _needs_gradient([x, *(p for m in self.members for p in m.parameters())])
             and self.unobserved()
             and not any(module.training for module in self.inert)
         )
-
-    def _requires_grad(self) -> bool:
-        return any(p.requires_grad for parent in self.parents for p in parent.parameters())
 
     def unobserved(self) -> bool:
         """No hook would miss a call, and the modules are those that were found."""

@@ -14,7 +14,6 @@ import io
 import math
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,7 +120,6 @@ def train(
             reason = lost_process(error)
             if reason is None:
                 raise
-            traceback.clear_frames(error.__traceback__)  # they hold on to the other processes
             del run.train_loader, run.validation_loader
             stopped = run.stopped(reason)
         raise stopped from error

@@ -338,3 +338,29 @@ def test_a_killed_data_worker_is_one_line(pictures, capsys, monkeypatch):
     assert cli.main(["evaluate", SMALL, "--data", pictures]) == 2
     told = "mnet-kernels: error: a DataLoader worker (pid 42) was killed"
     assert capsys.readouterr().err.splitlines()[-1] == told
+
+
+KILLED_WORKER = """
+import multiprocessing, sys
+from mnet_kernels import cli, evaluate
+timed = evaluate._timed
+def kill(*args):
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    return timed(*args)
+evaluate._timed = kill
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_nothing_is_raised_after_a_worker_was_killed(pictures):
+    """Not either while Python shuts down."""
+    line = f"evaluate {SMALL} --data {pictures} --batch 1 --workers 1 --threads 1"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_WORKER, *line.split()],
+        capture_output=True, text=True, timeout=600, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("mnet-kernels: error: a DataLoader worker") and "was killed" in last
+    assert "Traceback" not in done.stderr

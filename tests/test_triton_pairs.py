@@ -13,7 +13,7 @@ from test_pairs import ways
 from test_sequences import Net, image, one_by_one, randomize, unit
 from torch import nn
 
-from mnet_kernels import models, one_pass, pairs
+from mnet_kernels import SeparableConv, models, one_pass, pairs
 from mnet_kernels.swap import explain, swap
 from mnet_kernels.timing import Spread
 
@@ -99,6 +99,28 @@ def test_gradients_and_autocast_go_one_by_one(calls):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         fast(x)
     assert not calls and not any(ways(fast))
+
+
+def test_gradients_of_direct_children_too(calls):
+    """A run whose modules have no children of their own."""
+    layers = [m for inner in (unit(6, 8), unit(8, 8, 3, groups=8, padding=1), unit(8, 8))
+              for m in inner]  # fmt: skip
+    net = randomize(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    fast, x = swap(net, backend="triton", pairs=True), image(1, 6, 6, 6)
+    with torch.enable_grad():
+        fast(x).sum().backward()
+    assert not calls
+    with torch.no_grad():
+        fast(x)
+    assert len(calls) == 1
+
+
+def test_a_separable_conv_asks_no_cost_model(monkeypatch, calls):
+    monkeypatch.setattr(one_pass, "seconds", lambda *args, **kwargs: (2.0, 1.0))
+    block = randomize(SeparableConv(6, 8, backend="triton")).eval()
+    with torch.no_grad():
+        block(image(1, 6, 6, 6))
+    assert len(calls) == 1
 
 
 def test_what_is_no_pair():
