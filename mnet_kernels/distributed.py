@@ -95,8 +95,10 @@ def lost_process(error: RuntimeError) -> str | None:
     """
     with deaf_to_workers():
         reason = _lost_process(error)
-        if reason is not None:
-            traceback.clear_frames(error.__traceback__)
+        through: BaseException | None = error
+        while reason is not None and through is not None:
+            traceback.clear_frames(through.__traceback__)
+            through = through.__cause__ or through.__context__
     return reason
 
 
