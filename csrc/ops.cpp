@@ -47,6 +47,10 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
       "Tensor pw_weight, Tensor? pw_scale, Tensor? pw_shift, Tensor? residual, int[2] stride, "
       "int[4] padding, int[2] dilation, str dw_activation, str pw_activation, float slope) -> "
       "Tensor");
+  // A dense convolution (one group) + affine + activation on a GPU; no gradient.
+  m.def(
+      "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[2] stride, "
+      "int[4] padding, int[2] dilation, str activation, float slope) -> Tensor");
   // A dense convolution (one group) on weights packed by pack_conv_weight; float32, channels_last.
   m.def(
       "conv_bn_act_packed(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, int[2] kernel, "
