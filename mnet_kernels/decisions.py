@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mnet_kernels.backends import NAMES, TRITON_INTERPRETED, why_not
-from mnet_kernels.nn import FusedConv2d, Fusion, is_depthwise
-from mnet_kernels.ops import packs
+from mnet_kernels.nn import FOLDED, FusedConv2d, Fusion, dense, is_depthwise
+from mnet_kernels.ops import has_dense_kernel, packs
 from mnet_kernels.pairs import measure as measure_pairs
 from mnet_kernels.pairs import pairs, runners
 from mnet_kernels.plan import Left, Plan
@@ -141,6 +141,8 @@ def _row(name: str, pattern: str, note: str, module: FusedConv2d) -> Row:
     backend, reason = served(module.uses_batch_statistics())
     if reason is None and backend == fusion.preferred:
         reason = "measured faster than the usual backend"
+    elif reason is None and backend in ("cuda", "triton") and not is_depthwise(module):
+        backend, reason = dense.told(module, backend, device, dtype)
     training, why = served(fusion.norm is not None and fusion.batch_statistics)
     text = "; ".join(part for part in (reason, note) if part)
     return Row(name, pattern, backend, text, training, "" if why is None else why)
@@ -197,9 +199,10 @@ def load(path: str | PathLike[str], plan: Plan, fused: dict[str, FusedConv2d]) -
             raise ValueError(
                 f'{where} site {name!r}: "pair": expected true or false, got {entry["pair"]!r}'
             )
-        if entry.get("backend") not in (None, *NAMES):
+        ways = NAMES if is_depthwise(fused[name]) else (*NAMES, FOLDED)
+        if entry.get("backend") not in (None, *ways):
             raise ValueError(
-                f'{where} site {name!r}: "backend": expected null or one of {", ".join(NAMES)}, '
+                f'{where} site {name!r}: "backend": expected null or one of {", ".join(ways)}, '
                 f"got {entry['backend']!r}"
             )
     for name, entry in content.items():
@@ -256,16 +259,29 @@ def _settle(fusion: Fusion, took: dict[str, float]) -> None:
 
 
 def _candidates(module: FusedConv2d, x: Tensor) -> dict[str, FusedConv2d]:
-    """The site once for every backend that can run it; each keeps constants of its own."""
-    usual = module.serving(x.device, x.dtype)
+    """The site once for every way that it can run fused, the usual one first; each keeps constants
+    of its own."""
+    dense_on_gpu = _on_gpu(x) and not is_depthwise(module)
+    usual = dense.decide(module, x) if dense_on_gpu else module.serving(x.device, x.dtype)
     sites = {usual: module}
-    if is_depthwise(module) and module.fusion.backend is None and not TRITON_INTERPRETED:
-        for name in NAMES:
-            serves = why_not(name, device=x.device, dtype=x.dtype) is None
-            if serves and name not in (usual, "native"):
-                sites[name] = copy.copy(module)
-                sites[name].fusion = replace(module.fusion, preferred=name)
+    if module.fusion.backend is not None or TRITON_INTERPRETED:
+        return sites
+    others: tuple[str, ...] = ()
+    if dense_on_gpu:
+        kernels = ("cuda", "triton") if module.groups == 1 else ()
+        others = *(name for name in kernels if has_dense_kernel(name)), FOLDED
+    elif is_depthwise(module):
+        others = tuple(name for name in NAMES if name != "native")
+    for name in others:
+        serves = name == FOLDED or why_not(name, device=x.device, dtype=x.dtype) is None
+        if serves and name != usual:
+            sites[name] = copy.copy(module)
+            sites[name].fusion = replace(module.fusion, preferred=name)
     return sites
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _race(ways: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor) -> dict[str, float]:

@@ -25,6 +25,7 @@ from mnet_kernels.registration import same_device as _same_device
 _check = torch.ops.mnet_kernels.check_conv.default
 _dwconv_bn_act = torch.ops.mnet_kernels.dwconv_bn_act.default
 _dwconv_bn_act_backward = torch.ops.mnet_kernels.dwconv_bn_act_backward.default
+_conv_bn_act = torch.ops.mnet_kernels.conv_bn_act.default
 _conv_bn_act_packed = torch.ops.mnet_kernels.conv_bn_act_packed.default
 
 
@@ -85,7 +86,7 @@ def dwconv_bn_act(
     if chosen in ("cpu", "cuda"):
         return _dwconv_bn_act(*args)
     if chosen == "triton":
-        return _triton_dwconv_bn_act(*args)
+        return _triton("dwconv_bn_act")(*args)
     return _native("dwconv_bn_act", 0, *args)
 
 
@@ -105,12 +106,14 @@ def conv_bn_act(
 ) -> Tensor:
     """:func:`dwconv_bn_act` for any other convolution: weight ``(C_out, C // groups, Kh, Kw)``.
 
-    One pass on the cpu backend for what :func:`can_pack` accepts and no gradient flows through;
-    plain PyTorch for everything else. The weight is packed at every call: where it stays the same,
-    pack it once and call :func:`conv_bn_act_packed`.
+    One pass where no gradient flows through: on the cpu backend for what :func:`can_pack` accepts,
+    on GPUs for one group. Plain PyTorch for everything else. On the CPU the weight is packed at
+    every call: where it stays the same, pack it once and call :func:`conv_bn_act_packed`.
     """
     if padding == "same":
         padding = ()
+    if torch.compiler.is_compiling():
+        stride, padding, dilation = map(_static, (stride, padding, dilation))
     chosen = _select("conv_bn_act", backend, x)
     tensors = (x, weight, scale, shift)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -122,8 +125,21 @@ def conv_bn_act(
             out_channels=weight.shape[0], stride=stride, padding=padding, dilation=dilation,
             activation=activation, slope=slope,
         )  # fmt: skip
+    if groups == 1 and not needs_grad and has_dense_kernel(chosen):
+        kernel = _triton("conv_bn_act") if chosen == "triton" else _conv_bn_act
+        return kernel(*tensors, stride, padding, dilation, activation, slope)
     return _native(
         "conv_bn_act", groups, x, weight, scale, shift, stride, padding, dilation, activation, slope
+    )
+
+
+@torch.compiler.assume_constant_result
+def has_dense_kernel(backend: str) -> bool:
+    """Whether :func:`conv_bn_act` is one kernel of a GPU backend: one group, no gradient."""
+    if backend == "triton":
+        return _triton("conv_bn_act") is not None
+    return backend == "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "mnet_kernels::conv_bn_act", "CUDA"
     )
 
 
@@ -212,10 +228,11 @@ def _native(op: str, groups: int, x: Tensor, weight: Tensor, *rest) -> Tensor:
     )  # fmt: skip
 
 
-def _triton_dwconv_bn_act(*args) -> Tensor:
-    from mnet_kernels.triton.operators import dwconv_bn_act  # importing triton takes a second
+def _triton(name: str) -> Any:
+    """An operator of the Triton backend, or None."""
+    from mnet_kernels.triton import operators  # importing triton takes a second
 
-    return dwconv_bn_act(*args)
+    return getattr(operators, name, None)
 
 
 def _select(op: str, backend: str | None, x: Tensor) -> str:
@@ -237,13 +254,19 @@ def _check_fake(op, x, weight, scale, shift, stride, padding, dilation, groups, 
     return [*_output_size(x, weight, stride, pad, dilation), *pad]
 
 
-@torch.library.register_fake("mnet_kernels::dwconv_bn_act")
-def _dwconv_bn_act_fake(x, weight, scale, shift, stride, padding, dilation, activation, slope):
-    _same_device("dwconv_bn_act", x, weight=weight, scale=scale, shift=shift)
-    pad = _explicit_padding(x, weight, _pair(stride), padding, _pair(dilation))
-    out_h, out_w = _output_size(x, weight, stride, pad, dilation)
-    y = x.new_empty((x.shape[0], weight.shape[0], out_h, out_w))
-    return y.to(memory_format=registration.layout_of(x))
+def _register_fake(op: str) -> None:
+    def fake(x, weight, scale, shift, stride, padding, dilation, activation, slope):
+        _same_device(op, x, weight=weight, scale=scale, shift=shift)
+        pad = _explicit_padding(x, weight, _pair(stride), padding, _pair(dilation))
+        out_h, out_w = _output_size(x, weight, stride, pad, dilation)
+        y = x.new_empty((x.shape[0], weight.shape[0], out_h, out_w))
+        return y.to(memory_format=registration.layout_of(x))
+
+    torch.library.register_fake(f"mnet_kernels::{op}")(fake)
+
+
+for _op in ("dwconv_bn_act", "conv_bn_act"):
+    _register_fake(_op)
 
 
 @torch.library.register_fake("mnet_kernels::dwconv_bn_act_backward")
@@ -353,4 +376,5 @@ torch.library.register_autograd(
 # ---- autocast, vmap ----
 registration.register_autocast("dwconv_bn_act", _dwconv_bn_act, "cpu")
 registration.register_autocast("dwconv_bn_act", _dwconv_bn_act, "cuda")
+registration.register_autocast("conv_bn_act", _conv_bn_act, "cuda")
 registration.register_vmap("dwconv_bn_act", _dwconv_bn_act)

@@ -58,10 +58,7 @@ def seconds(
         copied: x and the result are copied into and out of the kernel's layout.
     """
     products = pixels * channels * outputs
-    if element_bytes == 2:
-        ours, library = gpu.product, gpu.library_product
-    else:
-        ours, library = gpu.float32, gpu.library_tf32 if tf32 else gpu.float32
+    ours, library = _products(element_bytes, gpu, tf32)
     element = channels * element_bytes
     moved_in, middle, moved_out = (
         input_pixels * element, pixels * element, pixels * outputs * element_bytes
@@ -82,6 +79,35 @@ def seconds(
     first = max((moved_in + middle) / gpu.bytes_per_s, gpu.launch_s)
     second = max((middle + moved_out) / gpu.bytes_per_s, products / library, gpu.launch_s)
     return one, first + second
+
+
+def conv_seconds(
+    pixels: int, input_pixels: int, channels: int, outputs: int, element_bytes: int, gpu: Gpu,
+    *, taps: int = 1, activation: bool = True, tf32: bool = False, copied: bool = False,
+) -> tuple[float, float]:  # fmt: skip
+    """A dense convolution of ``taps`` taps, its affine and its activation: (in one kernel, a
+    library's convolution with folded weights and the activation after it). Arguments as for
+    :func:`seconds`; ``channels`` are the input's.
+    """
+    products = pixels * channels * outputs * taps
+    ours, library = _products(element_bytes, gpu, tf32)
+    moved_in = input_pixels * channels * element_bytes
+    moved_out = pixels * outputs * element_bytes
+    bytes_s = (moved_in + moved_out) / gpu.bytes_per_s
+    one = max(bytes_s, products / ours, gpu.launch_s)
+    if copied:
+        one += sum(max(2 * n / gpu.bytes_per_s, gpu.launch_s) for n in (moved_in, moved_out))
+    folded = max(bytes_s, products / library, gpu.launch_s)
+    if activation:
+        folded += max(2 * moved_out / gpu.bytes_per_s, gpu.launch_s)
+    return one, folded
+
+
+def _products(element_bytes: int, gpu: Gpu, tf32: bool) -> tuple[float, float]:
+    """Multiply-adds a second: ours, the library's."""
+    if element_bytes == 2:
+        return gpu.product, gpu.library_product
+    return gpu.float32, gpu.library_tf32 if tf32 else gpu.float32
 
 
 def gpu_of(device: torch.device) -> Gpu:

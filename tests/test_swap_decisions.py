@@ -18,7 +18,7 @@ from networks import (
 from torch import nn
 
 from mnet_kernels import backends, decisions, ops
-from mnet_kernels.nn.fused import _found
+from mnet_kernels.nn.server import _found
 from mnet_kernels.swap import explain, swap
 
 # --- layout ---------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_the_fastest_of_several_backends_is_chosen(monkeypatch, tmp_path):
         return ops._dwconv_bn_act(*args)
 
     monkeypatch.setitem(backends._PREDICATES, "triton", lambda device, dtype: None)
-    monkeypatch.setattr(ops, "_triton_dwconv_bn_act", triton)
+    monkeypatch.setattr(ops, "_triton", lambda name: triton)
     times = {"native": 3.0, "cpu": 2.0, "triton": 1.0}
 
     def race(ways, x):

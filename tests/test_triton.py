@@ -32,6 +32,7 @@ RUNS = {
     "separable": (("test_triton_separable.py",), "0/1", ""),
     "device": (("test_triton_device.py",), "0/1", ""),
     "torch": (("test_triton_in_torch.py", "test_triton_pairs.py", "test_bad_input.py"), "0/1", ""),
+    "dense": (("test_triton_dense.py",), "0/1", ""),
 }
 
 

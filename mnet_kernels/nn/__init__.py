@@ -15,8 +15,10 @@ from mnet_kernels.nn.fused import (
     recorded,
 )
 from mnet_kernels.nn.padding import SamePad2d
+from mnet_kernels.nn.server import FOLDED
 
 __all__ = [
+    "FOLDED",
     "DepthwiseConvBNAct",
     "FusedConv2d",
     "Fusion",

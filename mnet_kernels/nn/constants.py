@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from mnet_kernels import ops
@@ -22,6 +23,7 @@ def _by_tap(weight: Tensor, scale: Tensor | None) -> Tensor:
 FORMS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
     "as_is": lambda weight, scale: weight,
     "by_tap": _by_tap,
+    "channels_last": lambda weight, scale: weight.contiguous(memory_format=torch.channels_last),
     "packed": lambda weight, scale: ops.pack_conv_weight(weight),
     "folded": scaled,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 
 from mnet_kernels import backends, ops
 from mnet_kernels.fold import Snapshot, fold, scaled, statistics_of
-from mnet_kernels.nn import training
+from mnet_kernels.nn import dense, training
 from mnet_kernels.nn.constants import FORMS, Constants, renewed
+from mnet_kernels.nn.server import FOLDED, dense_server, depthwise_server
 from mnet_kernels.reference import same_padding
 
 _Edges = tuple[int, int, int, int]
@@ -111,23 +111,28 @@ class FusedConv2d(nn.Conv2d):
                 return f"{why}: native in training mode"
             if not is_depthwise(self):
                 return training.why_not_dense(self, str(device), dtype)
-            return _server(fusion.backend, None, str(device), dtype, True)[1]
+            return depthwise_server(fusion.backend, None, str(device), dtype, True)[1]
         if not is_depthwise(self) or torch.compiler.is_compiling():
             return None  # the fold needs nothing but native operators
-        return _server(fusion.backend, fusion.preferred, str(device), dtype)[1]
+        return depthwise_server(fusion.backend, fusion.preferred, str(device), dtype)[1]
 
     def serving(
         self, device: torch.device | str, dtype: torch.dtype, in_training: bool = False
     ) -> str:
-        """The backend of a fused call; "folded" where it is the native convolution of a fold."""
+        """The backend of a fused call; "folded" where it is the native convolution of a fold. On a
+        GPU a dense one may still be folded at some inputs (dense.py)."""
+        fusion, device = self.fusion, torch.device(device)
         if not is_depthwise(self):
             if in_training:
                 return "cpu"
-            packs = self.groups == 1 and ops.packs(dtype)
-            on_cpu = self.fusion.backend in (None, "cpu") and torch.device(device).type == "cpu"
-            return "cpu" if packs and on_cpu and self.fusion.free_layout else "folded"
-        preferred = None if in_training else self.fusion.preferred
-        return _server(self.fusion.backend, preferred, str(device), dtype, in_training)[0]
+            if self.groups > 1:
+                return FOLDED
+            packs = ops.packs(dtype) and fusion.free_layout
+            if packs and fusion.backend in (None, "cpu") and device.type == "cpu":
+                return "cpu"
+            return dense_server(fusion.backend, fusion.preferred, str(device), dtype)
+        preferred = None if in_training else fusion.preferred
+        return depthwise_server(fusion.backend, preferred, str(device), dtype, in_training)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         weight, device = self._parameters.get("weight"), x.device
@@ -177,9 +182,16 @@ class FusedConv2d(nn.Conv2d):
         )
 
     def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Every other convolution: packed where there is a kernel for it, else folded."""
+        """Every other convolution: one kernel where there is one for it, else folded."""
         fusion = self.fusion
-        if fusion.free_layout and x.is_cpu:
+        place: dict[str, Any] = {
+            "stride": self.stride,
+            "padding": "same" if fusion.pad == "same" else self.padding_edges(),
+            "dilation": self.dilation,
+            "activation": fusion.activation,
+            "slope": fusion.slope,
+        }
+        if fusion.free_layout and (x.is_cpu or x.is_cuda):
             x = x.contiguous(memory_format=torch.channels_last)  # the layout of the fast paths
         if self._packs(x):
             return ops.conv_bn_act_packed(
@@ -187,12 +199,11 @@ class FusedConv2d(nn.Conv2d):
                 *self._constants(x, weight, "packed"),
                 kernel_size=self.kernel_size,
                 out_channels=self.out_channels,
-                stride=self.stride,
-                padding="same" if fusion.pad == "same" else self.padding_edges(),
-                dilation=self.dilation,
-                activation=fusion.activation,
-                slope=fusion.slope,
+                **place,
             )
+        if not self._wants_gradient(x) and (backend := dense.decide(self, x)) != FOLDED:
+            constants = self._constants(x, weight, "channels_last")
+            return ops.conv_bn_act(x, *constants, backend=backend, **place)
         folded, _, bias = self._constants(x, weight, "folded")
         top, left, bottom, right = self._all_edges(x)
         if (top, left) != (bottom, right):
@@ -207,8 +218,13 @@ class FusedConv2d(nn.Conv2d):
         return (
             self.fusion.backend in (None, "cpu")
             and ops.can_pack(x, self.groups)
-            and not recorded()
-            and not (torch.is_grad_enabled() and (x.requires_grad or self._requires_grad()))
+            and not self._wants_gradient(x)
+        )
+
+    def _wants_gradient(self, x: Tensor) -> bool:
+        """Whether one may have to flow through this call; a recorded one is not known."""
+        return recorded() or (
+            torch.is_grad_enabled() and (x.requires_grad or self._requires_grad())
         )
 
     def sources(self) -> list[Tensor]:
@@ -303,7 +319,8 @@ class FusedConv2d(nn.Conv2d):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        forgotten = ("_kept", "_decision")
+        return {name: value for name, value in self.__dict__.items() if name not in forgotten}
 
     def extra_repr(self) -> str:
         fusion = self.fusion
@@ -337,8 +354,6 @@ def recorded() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-_FUSED: tuple[str, ...] = tuple(name for name in backends.NAMES if name != "native")
-
 _IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "identity": lambda z, slope: z,
     "relu": lambda z, slope: F.relu(z, inplace=True),
@@ -358,33 +373,3 @@ def in_functorch() -> bool:
 def _zero_pad(x: Tensor, edges: _Edges) -> Tensor:
     top, left, bottom, right = edges
     return F.pad(x, (left, right, top, bottom))
-
-
-# What backends there are is nothing for torch.compile to trace.
-@torch.compiler.assume_constant_result
-def _server(
-    backend: str | None,
-    preferred: str | None,
-    place: str,
-    dtype: torch.dtype,
-    in_training: bool = False,
-) -> tuple[str, str | None]:
-    """The backend that serves, or "native" and why neither the named one nor any other does."""
-    return _found(backend, preferred, place, dtype, in_training)
-
-
-@functools.cache
-def _found(
-    backend: str | None, preferred: str | None, place: str, dtype: torch.dtype, in_training: bool
-) -> tuple[str, str | None]:
-    device = torch.device(place)
-    reasons = []
-    usual = _FUSED if backend is None else (backend,)
-    for name in usual if preferred is None else (preferred, *usual):
-        reason = backends.why_not(name, device=device, dtype=dtype)
-        if reason is None and in_training and name != "native":
-            reason = training.lacks(name)
-        if reason is None:
-            return name, None
-        reasons.append(reason)
-    return "native", "; ".join(reasons)
