@@ -18,18 +18,20 @@ from mnet_kernels.data import randomise_batchnorm
 from mnet_kernels.models import mobilenet_v1
 
 V1, SMALL = "mobilenet_v1", "mobilenet_v1 alpha 0.5"
-V2, V3 = "mobilenet_v2", "mobilenet_v3_large"
+V2, V3, B0 = "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"
 NETWORKS = {
     V1: (mobilenet_v1, {}, 224),
     SMALL: (mobilenet_v1, {"alpha": 0.5, "num_classes": 10}, 32),
     V2: (torchvision.models.mobilenet_v2, {}, 224),
     V3: (torchvision.models.mobilenet_v3_large, {}, 224),
+    B0: (torchvision.models.efficientnet_b0, {}, 224),
 }
 USUAL = {
     (V1, 1, "float32", THREADS), (V1, 1, "bfloat16", THREADS), (V1, 1, "float32", 1),
     (V1, 32, "float32", THREADS), (SMALL, 32, "float32", THREADS), (SMALL, 32, "bfloat16", THREADS),
     (V2, 1, "float32", THREADS), (V2, 1, "bfloat16", THREADS), (V2, 32, "float32", THREADS),
     (V3, 1, "float32", THREADS), (V3, 1, "bfloat16", THREADS),
+    (B0, 1, "float32", THREADS),
 }  # fmt: skip
 #: Peers that take seconds to build, where they have a chance of being the best.
 COMPILED = ("torch.compile", "torch.compile frozen")
@@ -40,6 +42,7 @@ SLOW = {
     (V2, 1, "float32", THREADS): (*COMPILED, "XNNPACK", "ncnn"),
     (V2, 32, "float32", THREADS): ("torch.compile frozen", "XNNPACK"),
     (V3, 1, "float32", THREADS): (*COMPILED, "XNNPACK", "ncnn"),
+    (B0, 1, "float32", THREADS): ("torch.compile frozen", "XNNPACK"),
     (V1, 1, "float32", 1): ("XNNPACK",),
     (V1, 1, "bfloat16", THREADS): ("torch.compile frozen",),
     (V2, 1, "bfloat16", THREADS): ("torch.compile frozen",),

@@ -26,6 +26,7 @@ from mnet_kernels.probe import (
     activation_of,
     is_norm_like,
     module_activation,
+    module_is_sigmoid,
     norm_of,
     rests_in_eval,
 )
@@ -75,6 +76,9 @@ class Look:
             altered = self.altered(module) is not None
             self._activations[module] = None if altered else module_activation(module)
         return self._activations[module]
+
+    def sigmoid(self, module: nn.Module) -> bool:
+        return self.altered(module) is None and module_is_sigmoid(module)
 
     def rests(self, module: nn.Module) -> bool:
         """Whether it hands its input on in eval mode (dropout, stochastic depth)."""

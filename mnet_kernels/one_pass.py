@@ -166,6 +166,8 @@ def _estimate(dw: FusedConv2d, pw: FusedConv2d, x: Tensor) -> tuple[float, float
 def _one(stage: Stage, module: nn.Module | None, x: Tensor, values: dict[int, Tensor]) -> Tensor:
     """A stage on its own. A plain convolution or Linear of a head has its activation after it."""
     other = None if stage.other is None else values[stage.other]
+    if stage.kind == "sigmoid":
+        return x.sigmoid()
     if module is None:
         return x.mean((2, 3), keepdim=True) if other is None else x * other
     linear = isinstance(module, nn.Linear)

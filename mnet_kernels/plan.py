@@ -63,8 +63,8 @@ class Stage:
     """One step of a run. Value 0 is the run's input, value i + 1 the result of step i; every step
     reads the value before it, and some another one."""
 
-    #: "conv": a convolution (or Linear); "pool": the mean over H and W; "scale": ``other`` times
-    #: the value before, one factor a channel.
+    #: "conv": a convolution (or Linear); "pool": the mean over H and W; "sigmoid": that of every
+    #: value; "scale": ``other`` times the value before, one factor a channel.
     kind: str
     #: The convolution: a site, or a plain 1x1 or Linear with ``activation`` after it.
     module: str | None = None

@@ -11,12 +11,14 @@ import copy
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from mnet_kernels.reference import ACTIVATIONS
+
+_Answer = TypeVar("_Answer")
 
 _EDGES = [0.0, -0.0, 3.0, -3.0, 6.0, 1e-3, -1e-3, 1e4, -1e4, float("inf"), -float("inf")]
 _NORM_PARAMETERS = {"weight", "bias"}
@@ -52,6 +54,24 @@ def activation_of(call: Callable[[Tensor], Tensor]) -> Activation | None:
 
     ``identity`` means that the very tensor comes back. What draws random numbers is nothing.
     """
+    probed = _probed(call)
+    if probed is None:
+        return None
+    x, given, y = probed
+    if y is given and torch.equal(y.nan_to_num(), x.nan_to_num()):
+        return IDENTITY
+    return _matching(x, y, names=[name for name in ACTIVATIONS if name != "identity"])
+
+
+def is_sigmoid(call: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a function is the sigmoid, which is no activation of ours, but gates end in it."""
+    probed = _probed(call)
+    return probed is not None and _close(probed[2], probed[0].sigmoid())
+
+
+def _probed(call: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Values that tell functions apart, the copy that a function was given, and what it gave; None
+    if it is no function of one tensor alone."""
     values = torch.tensor(
         [*_EDGES, float("nan"), -1.0, *torch.linspace(-9, 9, 51)], dtype=torch.float64
     )
@@ -61,23 +81,28 @@ def activation_of(call: Callable[[Tensor], Tensor]) -> Activation | None:
         y, drew = _run(call, given)
     except Exception:  # whatever it needs, it is not a function of one tensor
         return None
-    if drew or not _same_kind(y, x):
-        return None
-    if y is given and torch.equal(y.nan_to_num(), x.nan_to_num()):
-        return IDENTITY
-    return _matching(x, y, names=[name for name in ACTIVATIONS if name != "identity"])
+    return None if drew or not _same_kind(y, x) else (x, given, y)
 
 
 def module_activation(module: nn.Module) -> Activation | None:
     """Which activation a module without state is, both in training and in eval mode."""
+    return _in_both_modes(module, activation_of)
+
+
+def module_is_sigmoid(module: nn.Module) -> bool:
+    """Whether a module without state is the sigmoid, both in training and in eval mode."""
+    return _in_both_modes(module, is_sigmoid) or False
+
+
+def _in_both_modes(module: nn.Module, ask: Callable[[Any], _Answer]) -> _Answer | None:
     if any(True for _ in (*module.children(), *module.parameters(), *module.buffers())):
         return None
     try:
         module = copy.deepcopy(module)
     except Exception:
         return None
-    found = activation_of(module.train())
-    return found if found == activation_of(module.eval()) else None
+    found = ask(module.train())
+    return found if found == ask(module.eval()) else None
 
 
 def rests_in_eval(module: nn.Module) -> bool:
@@ -220,6 +245,10 @@ def _matching(z: Tensor, y: Tensor, names: list[str]) -> Activation | None:
         if name == "leaky_relu" and not 0 < slope < 1:
             continue
         expected = ACTIVATIONS[name](z, slope)
-        if torch.allclose(y, expected, rtol=1e-9, atol=1e-9, equal_nan=True):
+        if _close(y, expected):
             return Activation(name, slope if name == "leaky_relu" else 0.01)
     return None
+
+
+def _close(y: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(y, expected, rtol=1e-9, atol=1e-9, equal_nan=True)

@@ -20,7 +20,7 @@ from mnet_kernels import tracing
 from mnet_kernels.chains import Look
 from mnet_kernels.nn import is_depthwise
 from mnet_kernels.plan import Call, Run, Site, Stage
-from mnet_kernels.probe import IDENTITY, Activation, activation_of
+from mnet_kernels.probe import IDENTITY, Activation, activation_of, is_sigmoid
 
 
 def find_runs(model: nn.Module, sites: list[Site], look: Look) -> dict[str, list[Run]]:
@@ -91,6 +91,11 @@ class _Draft:
     def pool(self) -> None:
         if self.latest not in self.pooled:
             self._add(Stage("pool"), self.channels[-1], True)
+
+    def sigmoid(self) -> bool:
+        if self.latest in self.pooled:
+            self._add(Stage("sigmoid"), self.channels[-1], True, self.sizes[-1])
+        return self.latest in self.pooled
 
     def scale(self, other: int) -> bool:
         channels = self.channels[-1]
@@ -224,7 +229,9 @@ class _Finder:
             return True
         if forward is nn.Flatten.forward:
             return self.flattened(draft, (module.start_dim, module.end_dim))
-        return self.activated(draft, self.look.activation(module))
+        return self.activated(draft, self.look.activation(module)) or (
+            self.look.sigmoid(module) and draft.sigmoid()
+        )
 
     def linear(self, draft: _Draft, module: nn.Linear, path: str) -> bool:
         if draft.latest == 0:
@@ -316,12 +323,16 @@ class _Reader:
             known = finder.flattened(draft, (given.get("start_dim", 0), given.get("end_dim", -1)))
         elif node.op == "call_method" or tracing.is_of_torch(node.target):
             call = Call(node.target, tuple(node.args[1:]), dict(node.kwargs))
-            known = finder.activated(draft, activation_of(call))
+            known = finder.activated(draft, activation_of(call)) or (
+                is_sigmoid(call) and draft.sigmoid()
+            )
         else:
             known = False
-        # A convolution that took its activation over no longer gives what was before that.
+        # A convolution that took its activation over no longer gives what was before that; nor may
+        # one after a sigmoid, which may work in place.
         took_over = len(draft.stages) == len(before) and draft.stages != before
-        return known and not (took_over and self._seen_elsewhere(draft.latest))
+        in_place = len(draft.stages) > len(before) and draft.stages[-1].kind == "sigmoid"
+        return known and not ((took_over or in_place) and self._seen_elsewhere(inputs[0]))
 
     def _linear(self, node: fx.Node) -> bool:
         """The function on a Linear's own weight and bias: timm's class writes it out."""

@@ -260,7 +260,7 @@ class Runner:
         for stage, conv in zip(self.run.stages, self.modules, strict=True):
             other = -1 if stage.other is None else stage.other
             if conv is None:
-                kind = {"pool": 4, "scale": 5}[stage.kind]
+                kind = {"pool": 4, "scale": 5, "sigmoid": 6}[stage.kind]
                 rows.append([kind, channels, channels, *[1] * 6, *[0] * 5, other, 0])
                 continue
             channels = conv.weight.shape[0]

@@ -85,6 +85,11 @@ class Run {
         call.x = value(i);
         return run_pool(call, threads_);
       }
+      case Kind::sigmoid: {
+        MapCall call = map(i, p.OH * p.OW);
+        call.x = value(i);
+        return run_sigmoid(call, threads_);
+      }
       case Kind::scale: {
         MapCall call = map(i, p.OH * p.OW);
         call.x = value(stage.other), call.gate = value(i);

@@ -49,6 +49,7 @@ extern const Kernels kKernels = {
     either<&Kernels::conv_channels_last, convolve<bf16>>,
     either<&Kernels::conv_channels_last_scratch, convolve_scratch<bf16>>,
     either<&Kernels::pool_channels_last, pool<bf16>>,
+    either<&Kernels::sigmoid_channels_last, sigmoid_map<bf16>>,
     either<&Kernels::scale_channels_last, scale_map<bf16>>,
     interleave,
     &avx512::kTraining,

@@ -89,15 +89,15 @@ struct ConvCall {
   int64_t pixel_blocks, channel_blocks;  // a task is one of each
 };
 
-// The mean of every channel over an image's pixels, or every pixel times a factor for each channel,
-// channels_last, float32 or bfloat16.
+// The mean of every channel over an image's pixels, the sigmoid of every value, or every pixel
+// times a factor for each channel; channels_last, float32 or bfloat16.
 struct MapCall {
   int64_t N, C, pixels;
   const void* x;
-  const void* gate;  // (N, C): the factors; of means unused
+  const void* gate;  // (N, C): the factors, where there are any
   void* y;           // of factors it may be x
   Element element;
-  int64_t parts;  // of an image, each a task: of its channels for means, of its pixels for factors
+  int64_t parts;  // of an image, each a task: of its channels for means, else of its pixels
 };
 
 // A 1x1 convolution with its norm and activation in training, float32, channels_last: z, (P, K), is
@@ -154,6 +154,7 @@ struct Kernels {
   // Bytes of scratch that a thread of conv_channels_last needs.
   int64_t (*conv_channels_last_scratch)(const ConvCall&);
   void (*pool_channels_last)(const MapCall&, int64_t begin, int64_t end);
+  void (*sigmoid_channels_last)(const MapCall&, int64_t begin, int64_t end);
   void (*scale_channels_last)(const MapCall&, int64_t begin, int64_t end);
   void (*interleave)(const InterleaveCall&);
   const TrainingKernels* training;

@@ -132,6 +132,13 @@ void run_pool(MapCall& call, int64_t threads) {
         [&](int64_t begin, int64_t end) { active_kernels().pool_channels_last(call, begin, end); });
 }
 
+void run_sigmoid(MapCall& call, int64_t threads) {
+  call.parts = parts_of(call, call.pixels, threads);
+  share(call.N * call.parts, threads, [&](int64_t begin, int64_t end) {
+    active_kernels().sigmoid_channels_last(call, begin, end);
+  });
+}
+
 void run_scale(MapCall& call, int64_t threads) {
   call.parts = parts_of(call, call.pixels, threads);
   share(call.N * call.parts, threads, [&](int64_t begin, int64_t end) {

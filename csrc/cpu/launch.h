@@ -33,6 +33,7 @@ int64_t block_pixels(const ConvCall& call, int64_t threads);
 void run_dwconv_channels_last(DwconvCall& call, const Problem& p, int64_t threads);
 void run_conv(ConvCall& call, const Problem& p, int64_t threads);
 void run_pool(MapCall& call, int64_t threads);
+void run_sigmoid(MapCall& call, int64_t threads);
 void run_scale(MapCall& call, int64_t threads);
 
 // The same on the calling thread and without looking at how large the call is; for parts of calls.

@@ -1,6 +1,6 @@
-// What a squeeze-and-excitation block does to whole maps, channels_last: the mean of every channel
-// over all pixels, and every pixel times one factor a channel. Included once per instruction set
-// (see instruction_set.inc).
+// What a squeeze-and-excitation block does besides convolving, channels_last: the mean of every
+// channel over all pixels, the sigmoid of every value, and every pixel times one factor a channel.
+// Included once per instruction set (see instruction_set.inc).
 
 // Channels [channel, channel + B vectors) of one image; the last vector may be cut short.
 template <typename Elem, int B>
@@ -55,7 +55,25 @@ static void pool(const MapCall& call, int64_t begin, int64_t end) {
   }
 }
 
-// A task is one of call.parts of the pixels of one image.
+// A task is one of call.parts of the pixels of one image, here and below.
+template <typename Elem>
+static void sigmoid_map(const MapCall& call, int64_t begin, int64_t end) {
+  constexpr int V = kWidth<float>;
+  const auto sigmoid = [](Vector<float> z) __attribute__((always_inline)) {
+    return 1.0f / (1.0f + exponential(-z));
+  };
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t image = task / call.parts * call.pixels, part = task % call.parts;
+    const int64_t last = (image + (part + 1) * call.pixels / call.parts) * call.C;
+    const auto* x = static_cast<const Elem*>(call.x);
+    auto* y = static_cast<Elem*>(call.y);
+    int64_t i = (image + part * call.pixels / call.parts) * call.C;
+    for (; i + V <= last; i += V) store(y + i, sigmoid(load(x + i)));
+    if (const int rest = static_cast<int>(last - i); rest > 0)
+      store_first(y + i, sigmoid(load_first(x + i, rest)), rest);
+  }
+}
+
 template <typename Elem>
 static void scale_map(const MapCall& call, int64_t begin, int64_t end) {
   constexpr int V = kWidth<float>;

@@ -17,9 +17,9 @@ Stage stage_of(const int64_t* row, DType dtype, int64_t H, int64_t W, const floa
   };
   Stage stage{};
   Problem& p = stage.p;
-  expect(row[0] >= 0 && row[0] <= 5, "a kind from 0 to 5");
-  constexpr Kind kKinds[] = {Kind::depthwise, Kind::dense, Kind::depthwise,
-                             Kind::depthwise, Kind::pool,  Kind::scale};
+  expect(row[0] >= 0 && row[0] <= 6, "a kind from 0 to 6");
+  constexpr Kind kKinds[] = {Kind::depthwise, Kind::dense, Kind::depthwise, Kind::depthwise,
+                             Kind::pool,      Kind::scale, Kind::sigmoid};
   stage.kind = kKinds[row[0]];
   const bool is_dense = stage.kind == Kind::dense;
   if (row[0] == 2 || row[0] == 3) stage.pairing = row[0] == 2 ? Pairing::always : Pairing::never;
@@ -28,9 +28,10 @@ Stage stage_of(const int64_t* row, DType dtype, int64_t H, int64_t W, const floa
   p.SH = row[5], p.SW = row[6], p.DH = row[7], p.DW = row[8];
   p.top = row[9], p.left = row[10], p.bottom = row[11], p.right = row[12];
   p.dtype = dtype;
-  if (stage.kind == Kind::pool || stage.kind == Kind::scale) {
+  if (!is_dense && stage.kind != Kind::depthwise) {
     expect(p.C > 0 && p.K == p.C, "as many channels as before");
     p.OH = p.OW = 1;  // a scale's are those of what it scales
+    if (stage.kind == Kind::sigmoid) p.OH = H, p.OW = W;
     return stage;
   }
   for (int i = 1; i < 9; ++i)

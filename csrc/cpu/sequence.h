@@ -9,7 +9,7 @@
 
 namespace mnet::cpu {
 
-enum class Kind { depthwise, dense, pool, scale };
+enum class Kind { depthwise, dense, pool, sigmoid, scale };
 
 // Of `values`, value 0 is the sequence's input and value i + 1 the result of stage i. Every stage
 // reads the value before it, and some another one: dense, `other` is added to the result; scale,
@@ -35,11 +35,11 @@ inline int64_t size_of(DType dtype) { return dtype == DType::bfloat16 ? 2 : 4; }
 // Raises what is wrong with the arguments. `constants` must outlive the result.
 //
 // A row of `stages` (int64, 16 columns): kind (0 depthwise, 2 always and 3 never paired with what
-// follows, where it can be; 1 dense; 4 pool: the mean of all pixels; 5 scale), C, K, KH, KW, SH,
-// SW, DH, DW, top, left, bottom, right (top = -1: as TensorFlow's "same"), activation, other,
-// offset in `constants`. There lie, each on its own cache lines: the weight (packed, or in float32
-// by tap; in bfloat16 depthwise ones once more in bfloat16, for kernels that want them so), scale,
-// shift, slope. Of pool and scale only kind, C = K and other count.
+// follows, where it can be; 1 dense; 4 pool: the mean of all pixels; 5 scale; 6 sigmoid), C, K, KH,
+// KW, SH, SW, DH, DW, top, left, bottom, right (top = -1: as TensorFlow's "same"), activation,
+// other, offset in `constants`. There lie, each on its own cache lines: the weight (packed, or in
+// float32 by tap; in bfloat16 depthwise ones once more in bfloat16, for kernels that want them so),
+// scale, shift, slope. Of the last three only kind, C = K and other count.
 Sequence checked_sequence(const Tensor& x, const Tensor& stages, const Tensor& constants);
 
 }  // namespace mnet::cpu
