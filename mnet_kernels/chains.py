@@ -28,6 +28,7 @@ from mnet_kernels.probe import (
     module_activation,
     module_is_sigmoid,
     norm_of,
+    pads_same,
     rests_in_eval,
 )
 from mnet_kernels.tracing import callers, constants_only, is_of_torch
@@ -42,6 +43,7 @@ class Look:
         self._activations: dict[nn.Module, Activation | None] = {}
         self._resting: dict[nn.Module, bool] = {}
         self._leaves: dict[nn.Module, bool] = {}
+        self._same: dict[nn.Module, bool] = {}
         self._opaque: dict[nn.Module, bool] = {}
         self._own_nodes: dict[nn.Module, list[fx.Node] | str] = {}
 
@@ -59,12 +61,24 @@ class Look:
             return f"a {type(conv).__name__}: only Conv2d is fused"
         if isinstance(conv, FusedConv2d):
             return "fused already"
-        for cls in type(conv).__mro__[: type(conv).__mro__.index(nn.Conv2d)]:
-            if _BEHAVIOUR & set(vars(cls)):
+        for cls in self._classes(conv):
+            if _BEHAVIOUR & set(vars(cls)) and not self.pads_same(conv):
                 return f"its class {cls.__name__} changes what Conv2d does"
         if conv.padding_mode != "zeros":
             return f"padding_mode is {conv.padding_mode!r}"
         return self.altered(conv)
+
+    def pads_same(self, conv: nn.Conv2d) -> bool:
+        """Whether a class of its own adds TensorFlow's "same" padding, and changes nothing else."""
+        if conv not in self._same:
+            changed = {name for cls in self._classes(conv) for name in _BEHAVIOUR & set(vars(cls))}
+            self._same[conv] = changed == {"forward"} and pads_same(conv)
+        return self._same[conv]
+
+    @staticmethod
+    def _classes(conv: nn.Conv2d) -> tuple[type, ...]:
+        """Those between a convolution and Conv2d."""
+        return type(conv).__mro__[: type(conv).__mro__.index(nn.Conv2d)]
 
     def norm(self, module: nn.Module) -> Norm | str:
         if module not in self._norms:
@@ -87,7 +101,10 @@ class Look:
             self._resting[module] = not altered and rests_in_eval(module)
         return self._resting[module]
 
-    def is_elementwise(self, module: nn.Module) -> bool:
+    def keeps_format(self, module: nn.Module) -> bool:
+        """Norms, activations and the like, and convolutions that pad."""
+        if isinstance(module, nn.Conv2d):
+            return self.pads_same(module)
         if is_norm_like(module):
             return isinstance(self.norm(module), Norm)
         return self.activation(module) is not None or self.rests(module)
@@ -155,7 +172,7 @@ class Graph:
             if node.op == "call_module":
                 self.calls[str(node.target)].append(node)
             self.alike[_owner(node), _kind(node, self.modules)].append(node)
-        self.free = free_nodes(graph, self.modules, look.is_elementwise)
+        self.free = free_nodes(graph, self.modules, look.keeps_format)
 
     def plan(self) -> Plan:
         plan = Plan()
@@ -181,6 +198,7 @@ class Graph:
         after, note = self._common([self._after(node, len(nodes)) for node in nodes])
         steps = {step.kind: step for step in (*before, *after) if step.kind != "skip"}
         pad, norm, act = (steps.get(kind) for kind in ("pad", "norm", "act"))
+        own = "same" if self.look.pads_same(cast(nn.Conv2d, conv)) else (0, 0, 0, 0)
         if norm is None and not is_depthwise(conv):
             return note or "no normalisation follows"
         if norm is not None and not norm.does.keeps_statistics and not is_depthwise(conv):
@@ -191,7 +209,7 @@ class Graph:
         return Site(
             conv=path,
             pattern=" + ".join(part for part in parts if part not in ("", "identity")),
-            pad=pad.does if pad else (0, 0, 0, 0),
+            pad=pad.does if pad else own,
             norm=str(norm.key) if norm else None,
             batch_statistics=norm is not None and norm.does.batch_statistics,
             native_training=norm.does.native_training if norm is not None else None,
@@ -219,6 +237,8 @@ class Graph:
 
     def _before(self, node: fx.Node, calls: int) -> tuple[list[_Step], str]:
         pad = node.args[0]
+        if self.look.pads_same(cast(nn.Conv2d, self.modules[str(node.target)])):
+            return [], ""
         if not isinstance(pad, fx.Node) or len(pad.users) != 1 or self._hooks_between(pad, node):
             return [], ""
         edges = self._edges(pad, cast(nn.Conv2d, self.modules[str(node.target)]))

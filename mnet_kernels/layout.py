@@ -39,19 +39,19 @@ _KEEPS_METHODS = {
 
 
 def free_nodes(
-    graph: fx.Graph, modules: dict[str, nn.Module], is_elementwise: Callable[[nn.Module], bool]
+    graph: fx.Graph, modules: dict[str, nn.Module], keeps_format: Callable[[nn.Module], bool]
 ) -> set[fx.Node]:
     """Nodes whose results may come in any memory format.
 
     Args:
         graph: a whole forward; what it returns is used in ways unknown.
         modules: by path.
-        is_elementwise: of the leaf modules, the norms and activations.
+        keeps_format: of the leaf modules, the norms, activations and convolutions of other classes.
     """
     free: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if all(
-            _ends(user, modules) or (user in free and _keeps(user, modules, is_elementwise))
+            _ends(user, modules) or (user in free and _keeps(user, modules, keeps_format))
             for user in node.users
         ):
             free.add(node)
@@ -59,11 +59,11 @@ def free_nodes(
 
 
 def _keeps(
-    node: fx.Node, modules: dict[str, nn.Module], is_elementwise: Callable[[nn.Module], bool]
+    node: fx.Node, modules: dict[str, nn.Module], keeps_format: Callable[[nn.Module], bool]
 ) -> bool:
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return _forward(module) in _KEEPS_FORWARDS or is_elementwise(module)
+        return _forward(module) in _KEEPS_FORWARDS or keeps_format(module)
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         return node.target in _KEEPS_FUNCTIONS or name == "stochastic_depth"

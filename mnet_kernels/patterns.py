@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -101,8 +102,10 @@ class _Finder:
     def _lone(self, conv: nn.Module) -> Plan:
         """A convolution of which only the call is known."""
         reason = self.look.why_not_plain(conv)
-        if reason is None and is_depthwise(conv):
-            return Plan(sites=[Site("", describe(conv), note="called by a forward not traced")])
+        if reason is None and isinstance(conv, nn.Conv2d) and is_depthwise(conv):
+            pad: Any = "same" if self.look.pads_same(conv) else (0, 0, 0, 0)
+            note = "called by a forward not traced"
+            return Plan(sites=[Site("", describe(conv), pad=pad, note=note)])
         reason = reason or "called by a forward that cannot be traced"
         return Plan(left=[Left("", describe(conv), reason)])
 

@@ -8,15 +8,17 @@ if it agrees everywhere.
 from __future__ import annotations
 
 import copy
+import itertools
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnet_kernels.reference import ACTIVATIONS
+from mnet_kernels.reference import ACTIVATIONS, same_padding
 
 _Answer = TypeVar("_Answer")
 
@@ -113,6 +115,40 @@ def rests_in_eval(module: nn.Module) -> bool:
         return activation_of(copy.deepcopy(module).eval()) == IDENTITY
     except Exception:
         return False
+
+
+def pads_same(conv: nn.Conv2d) -> bool:
+    """Whether a convolution with a forward of its own adds TensorFlow's "same" padding, and does
+    nothing else beside convolving (timm's Conv2dSame): seen at sizes with every remainder, in both
+    layouts."""
+    if conv.padding not in ((0, 0), "valid") or conv.padding_mode != "zeros":
+        return False
+    extents = [(k - 1) * d + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        conv = copy.deepcopy(conv).to_empty(device="cpu").double()
+        with torch.no_grad():
+            for parameter in conv.parameters():
+                parameter.normal_(generator=generator)
+        for i in range(2 * max(*conv.stride, 3)):
+            height, width = (max(1, n - 2 + i) for n in extents)
+            x = torch.randn(
+                (1, conv.in_channels, height, width + i % 2), dtype=torch.float64,
+                generator=generator,
+            )  # fmt: skip
+            top, left, bottom, right = same_padding(
+                x.shape[2:], conv.kernel_size, conv.stride, conv.dilation
+            )
+            expected = nn.Conv2d.forward(conv, F.pad(x, (left, right, top, bottom)))
+            for mode, layout in itertools.product(
+                (True, False), (torch.contiguous_format, torch.channels_last)
+            ):
+                y, drew = _run(conv.train(mode), x.clone(memory_format=layout))
+                if drew or y.shape != expected.shape or not _close(y, expected):
+                    return False
+    except Exception:  # it is the model's own code
+        return False
+    return True
 
 
 def is_norm_like(module: nn.Module) -> bool:

@@ -215,8 +215,8 @@ class _Finder:
             draft.inert.append(path)
             return True
         if isinstance(module, nn.Conv2d):
-            plain = self.look.why_not_plain(module) is None and module.groups == 1
-            if draft.flat or not plain or not _is_pointwise(module):
+            plain = self.look.why_not_plain(module) is None and not self.look.pads_same(module)
+            if draft.flat or not plain or module.groups > 1 or not _is_pointwise(module):
                 return False
             draft.convolve(path, module.in_channels, module.out_channels, one_pixel)
             return True
