@@ -30,11 +30,13 @@ _KEEPS_FORWARDS = {
 _KEEPS_FUNCTIONS = {
     operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv,
     torch.add, torch.mul, torch.cat, torch.relu, torch.sigmoid, torch.clamp,
+    operator.getitem, torch.chunk, torch.split,
     F.relu, F.relu6, F.leaky_relu, F.hardtanh, F.hardswish, F.hardsigmoid, F.silu, F.sigmoid,
     F.gelu, F.dropout, F.dropout2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.pad,
 }  # fmt: skip
 _KEEPS_METHODS = {
-    "add", "add_", "mul", "mul_", "relu", "relu_", "sigmoid", "sigmoid_", "clamp", "clamp_"
+    "add", "add_", "mul", "mul_", "relu", "relu_", "sigmoid", "sigmoid_", "clamp", "clamp_",
+    "chunk", "split",
 }  # fmt: skip
 
 

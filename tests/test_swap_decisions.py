@@ -41,6 +41,8 @@ def test_layout_is_free_where_nobody_sees_it():
     )
     assert layouts_freed(lambda self, x: torch.cat([self.stem(x), x], 1).sigmoid().mean((-1, -2)))
     assert layouts_freed(lambda self, x: F.max_pool2d(F.gelu(self.stem(x)), 2).flatten(1))
+    assert layouts_freed(lambda self, x: self.stem(x)[:, 2:, ::2].mean((2, 3)))
+    assert layouts_freed(lambda self, x: torch.cat(self.stem(x).chunk(2, 1)[::-1], 1).flatten(1))
 
 
 class ViewingConv(nn.Conv2d):
@@ -61,6 +63,8 @@ def test_layout_is_kept_where_somebody_might():
     assert not layouts_freed(
         lambda self, x: (y := self.stem(x)).mean((2, 3)) + y.view(2, 8, -1)[:, :, 0]
     )
+    assert not layouts_freed(lambda self, x: self.stem(x)[:, 2:].reshape(-1).view(2, -1))
+    assert not layouts_freed(lambda self, x: self.stem(x)[:, 0].transpose(1, 2))
     assert not layouts_freed(lambda self, x: self.stem(x).as_strided((2, 3), (3, 1)))
     assert not layouts_freed(
         lambda self, x: self.other(self.stem(x)).flatten(1), other=hooked(nn.ReLU())
