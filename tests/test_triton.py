@@ -29,7 +29,7 @@ RUNS = {
     "operator, the other half": (("test_dwconv_bn_act.py",), "1/2", NOT_TRITONS),
     "gradients": (("test_fused_gradients.py",), "0/1", ""),
     "training": (("test_triton_training.py",), "0/1", ""),
-    "separable": (("test_triton_separable.py",), "0/1", ""),
+    "separable, dense": (("test_triton_separable.py", "test_triton_conv.py"), "0/1", ""),
     "device": (("test_triton_device.py",), "0/1", ""),
     "torch": (("test_triton_in_torch.py", "test_triton_pairs.py", "test_bad_input.py"), "0/1", ""),
     "dense": (("test_triton_dense.py",), "0/1", ""),
@@ -105,6 +105,7 @@ def test_the_oldest_triton_interprets_and_compiles(tmp_path):
     for files, share, expression in [
         (("test_dwconv_bn_act.py",), "5/12", "fast_paths or any_kernel or activations"),
         (("test_fused_gradients.py",), "1/4", ""),
+        (("test_triton_conv.py",), "1/3", ""),
     ]:
         command, environment = interpreter_command(files, share, expression)
         done = subprocess.run(

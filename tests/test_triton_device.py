@@ -14,6 +14,8 @@ import torch
 from cuda_rulers import ANY, DTYPES, FAST, SHAPES, both_layouts
 from gradient_rulers import assert_gradients, gradients
 from rulers import assert_correct, problem
+from test_triton_conv import CASES as DENSE
+from test_triton_conv import dense
 from test_triton_separable import CASES, Block
 from test_triton_training import check as check_training
 
@@ -41,13 +43,17 @@ def check(p) -> None:
 def untuned(monkeypatch, request):
     from mnet_kernels.triton import tuning
 
-    number, prune = crc32(request.node.nodeid.encode()), tuning.prune
+    number = crc32(request.node.nodeid.encode())
 
-    def one(*args):
-        fitting = prune(*args)
-        return [fitting[number % len(fitting)]]
+    def one_of(prune):
+        def one(*args):
+            fitting = prune(*args)
+            return [fitting[number % len(fitting)]]
 
-    monkeypatch.setattr(tuning, "prune", one)
+        return one
+
+    for name in ("prune", "prune_dense"):
+        monkeypatch.setattr(tuning, name, one_of(getattr(tuning, name)))
 
 
 @pytest.mark.usefixtures("untuned")
@@ -108,17 +114,51 @@ def test_separable(shape, outputs, kernel, constants, dtype, channels_last):
         block.assert_correct(block.run())
 
 
+@pytest.mark.usefixtures("untuned")
+@both_layouts
+@pytest.mark.parametrize("number", range(len(DENSE)), ids=lambda i: str(DENSE[i]))
+def test_dense(number, channels_last):
+    shape, outputs, kernel, constants = DENSE[number]
+    p = dense(
+        shape, outputs, kernel, dtype=DTYPES[number % 3], channels_last=channels_last,
+        device=DEVICE, **constants,
+    )  # fmt: skip
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert_correct(p, p.run())
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_configuration_of_dense(monkeypatch, dtype):
+    """Each alone, for the outputs of each of its kernels to be seen."""
+    from mnet_kernels.triton import tuning
+    from mnet_kernels.triton.conv_bn_act import _conv
+
+    prune = tuning.prune_dense
+    for outputs in (16, 30, 60, 100, 270):
+        p = dense((2, 96, 14, 14), outputs, dtype=dtype, channels_last=True, device=DEVICE)
+        for config in prune(dtype.itemsize, {"K": outputs}):
+            monkeypatch.setattr(tuning, "prune_dense", lambda *_, config=config: [config])
+            monkeypatch.setattr(_conv, "cache", {})
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                assert_correct(p, p.run())
+
+
 @on_a_gpu
 def test_float32_products_follow_cudnns_flag():
     """TF32 keeps 11 bits of a factor."""
     block = Block((1, 64, 14, 14), 64, padding=1, channels_last=True, device=DEVICE)
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        block.assert_correct(block.run())
-        full = block.run()
-    with torch.backends.cudnn.flags(allow_tf32=True):
-        short = block.run()
-    error = (short - full).abs().max() / full.abs().max()
-    assert 0 < error < 2.0**-7
+    p = dense((1, 64, 14, 14), 64, channels_last=True, device=DEVICE)
+    for run, assert_exact in (
+        (block.run, block.assert_correct), (p.run, lambda y: assert_correct(p, y)),
+    ):  # fmt: skip
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            full = run()
+            assert_exact(full)
+        with torch.backends.cudnn.flags(allow_tf32=True):
+            short = run()
+        error = (short - full).abs().max() / full.abs().max()
+        assert 0 < error < 2.0**-7
 
 
 @on_a_gpu

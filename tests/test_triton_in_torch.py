@@ -216,12 +216,12 @@ def test_torch_compile_sees_the_kernels(channels_last):
 
 
 @traced
-def test_torch_compile_sees_the_kernels_of_training_and_of_a_pair():
+def test_torch_compile_sees_the_kernels_of_training_of_a_pair_and_of_the_dense():
     from mnet_kernels.triton import operators
 
     geometry = ((1, 1), (1, 1, 1, 1), (1, 1))
 
-    def step(x, weight, gamma, pointwise):
+    def step(x, weight, gamma, pointwise, stem):
         constants = (*geometry, "relu6", 0.01, 1e-5)
         y, *statistics = operators.dwconv_bn_act_training(x, weight, gamma, None, *constants)
         gradients = operators.dwconv_bn_act_training_backward(
@@ -230,17 +230,19 @@ def test_torch_compile_sees_the_kernels_of_training_and_of_a_pair():
         pair = operators.separable_conv(
             x, weight, gamma, None, pointwise, None, None, None, *geometry, "relu6", "silu", 0.01
         )
-        return *gradients, pair
+        dense = operators.conv_bn_act(x, stem, None, None, (2, 2), (), (1, 1), "relu", 0.01)
+        return *gradients, pair, dense
 
     with FakeTensorMode():
         x = torch.empty(4, 8, 14, 14, device="cuda").to(memory_format=torch.channels_last)
         weight, gamma = torch.empty(8, 1, 3, 3, device="cuda"), torch.empty(8, device="cuda")
         pointwise = torch.empty(12, 8, 1, 1, device="cuda")
+        stem = torch.empty(6, 8, 3, 3, device="cuda")
         graph = make_fx(dispatch_functionalize(step), tracing_mode="fake")(
-            x, weight, gamma, pointwise
+            x, weight, gamma, pointwise, stem
         )
     names = [str(node.target) for node in graph.graph.nodes]
-    assert sum("triton_kernel_wrapper" in name for name in names) == 3 + 5 + 1
+    assert sum("triton_kernel_wrapper" in name for name in names) == 3 + 5 + 1 + 1
 
 
 @traced

@@ -19,16 +19,34 @@ if rulers.BACKEND == "triton":
 
 import triton
 import triton_machine_code
-from triton_machine_code import FEW, KERNELS, SEPARABLE, TARGETS, TRAINING, Case, facts
+from triton_machine_code import DENSE, FEW, KERNELS, SEPARABLE, TARGETS, TRAINING, Case, facts
 
 EVERY = {str(case): case for case in triton_machine_code.every_configuration()}
 #: Far below 255 registers ptxas keeps a word or two in memory, to fit one more block on a
 #: multiprocessor: no want of registers, and no choice of ours.
 TRADED = {
     "backward_weight-sm_90-float32-nhwc-32x112-k3s2-1x1-w4",
+    "conv_bn_act-sm_80-bfloat16-nchw-256x14-k1s1-32x64-w4",
     "statistics-sm_90-float32-nhwc-32x112-k5s2-1x1-w4",
     "training_conv-sm_90-bfloat16-nchw-128x56-k3s2-7x4-w4",
 }
+#: Dense convolutions without scale and shift, whose narrow loads would hide others: pointwise,
+#: several taps, several taps in a block of depth.
+BARE = [
+    Case("conv_bn_act", target, dtype, last, *layer, choice=choice, affine=False)
+    for target, dtype, last, *layer, choice in [
+        ("sm_90", torch.bfloat16, True, 256, 14, 1, -1),
+        ("gfx942", torch.bfloat16, True, 256, 14, 1, -1),
+        ("sm_80", torch.bfloat16, True, 128, 28, 3, -1),
+        ("sm_90", torch.float32, True, 128, 28, 3, -1),
+        ("sm_90", torch.bfloat16, True, 24, 28, 3, 0),
+        ("gfx942", torch.float32, True, 24, 28, 3, 0),
+        ("sm_100", torch.float32, True, 64, 56, 1, -1),
+        # Hopper's matrix units take TF32 with channels side by side: contiguous is turned in 4s.
+        ("sm_80", torch.float32, False, 64, 56, 1, -1),
+        ("sm_90", torch.bfloat16, False, 64, 56, 1, -1),
+    ]
+]
 #: Of the table, what is compiled here too.
 SAMPLE = [EVERY[name] for name in sorted(EVERY)[::61]]
 CASES = [
@@ -58,7 +76,7 @@ def compiled(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-            yield {case: pool.submit(facts, case) for case in dict.fromkeys(CASES + SAMPLE)}
+            yield {case: pool.submit(facts, case) for case in dict.fromkeys(CASES + SAMPLE + BARE)}
 
 
 # ---- the table ----
@@ -129,9 +147,23 @@ def test_no_input_is_loaded_twice(compiled, choice):
     assert found["loads"] == (config["ROWS"] + 2) * (config["COLS"] + 2) + taps + affine, found
 
 
-@pytest.mark.parametrize("case", [c for c in EVERY.values() if c.kernel in SEPARABLE], ids=str)
-def test_the_pointwise_half_runs_on_the_matrix_units(table, case):
+@pytest.mark.parametrize("case", BARE, ids=str)
+def test_dense_convolutions_load_16_bytes_at_once(compiled, case):
+    assert_wide(case, compiled[case].result())
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in EVERY.values() if c.kernel in SEPARABLE | DENSE], ids=str
+)
+def test_products_run_on_the_matrix_units(table, case):
     assert_matrix(case, table.rows[str(case)])
+
+
+def test_the_tiles_of_dense_convolutions_fit_in_shared_memory(table):
+    """None is dropped when it is tuned."""
+    kilobytes = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+    for case in (c for c in EVERY.values() if c.kernel in DENSE):
+        assert table.rows[str(case)]["shared"] <= kilobytes[case.target] * 1024, case
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.kernel in SEPARABLE], ids=str)

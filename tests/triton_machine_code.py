@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mnet_kernels.triton import (
+    conv_bn_act,
     dwconv_bn_act,
     dwconv_bn_act_backward,
     dwconv_bn_act_training,
@@ -63,7 +64,9 @@ MERGES = {
 }
 #: As many output channels as input channels.
 SEPARABLE = {"separable_conv": (separable_conv._separable, tuning.SEPARABLE, ["residual_ptr"])}
-_ALL = KERNELS | TRAINING | MERGES | SEPARABLE
+#: As many output channels as input channels; 32 of a picture's three.
+DENSE = {"conv_bn_act": (conv_bn_act._conv, tuning.DENSE, [])}
+_ALL = KERNELS | TRAINING | MERGES | SEPARABLE | DENSE
 #: Pointers to x's dtype; the others are to float32.
 TENSORS = ("x_ptr", "w_ptr", "pw_ptr", "y_ptr", "dy_ptr", "dx_ptr", "dconv_ptr")
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -93,29 +96,35 @@ class Case:
     stride: int = 1
     precision: str = "tf32"  # of float32 products
     choice: int = -1  # among the configurations that fit; the last is the largest
+    affine: bool = True  # otherwise neither scale nor shift
 
     def __str__(self) -> str:
         layout = "nhwc" if self.channels_last else "nchw"
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"{self.channels}x{self.size}-k{self.taps}s{self.stride}"
-        if self.kernel in SEPARABLE and self.dtype == torch.float32:
+        if self.kernel in SEPARABLE | DENSE and self.dtype == torch.float32:
             dtype = self.precision
         config = self.configurations()[self.choice]
         blocks = "x".join(map(str, config.kwargs.values()))
-        return f"{self.kernel}-{self.target}-{dtype}-{layout}-{shape}-{blocks}-w{config.num_warps}"
+        name = f"{self.kernel}-{self.target}-{dtype}-{layout}-{shape}-{blocks}-w{config.num_warps}"
+        return name if self.affine else f"{name}-bare"
 
     def shape(self) -> dict:
         k, s = self.taps, self.stride
         out = -(-self.size // s)
         unrolled = k * k <= 49
-        return {
+        shape = {
             "H": self.size, "W": self.size, "OH": out, "OW": out, "C": self.channels, "M": 1,
             "KH": k, "KW": k, "SH": s, "SW": s, "DH": 1, "DW": 1, "TOP": k // 2, "LEFT": k // 2,
             "CHANNELS_LAST": self.channels_last, "UNROLL": unrolled, "WIDE": False,
             "ACTIVATION": "relu6", "TAP_ROWS": 3 if k == 3 else 1, "TAP_COLS": min(k, 8),
-            "K": self.channels, "DW_ACTIVATION": "relu6", "PW_ACTIVATION": "relu6",
-            "PRECISION": self.precision,
-        } | tuning.block(self.channels, self.dtype.itemsize, self.channels_last)  # fmt: skip
+            "K": 32 if self.channels == 3 else self.channels,
+            "DW_ACTIVATION": "relu6", "PW_ACTIVATION": "relu6",
+            "PRECISION": self.precision, "PADDED": k > 1,
+        }  # fmt: skip
+        if self.kernel in DENSE:
+            return shape | tuning.dense(out if k > 1 else out * out, self.dtype.itemsize, **shape)
+        return shape | tuning.block(self.channels, self.dtype.itemsize, self.channels_last)
 
     def configurations(self) -> list:
         kind = _ALL[self.kernel][1]
@@ -123,6 +132,8 @@ class Case:
             return [triton.Config({"MERGED": dwconv_bn_act_training.MERGED}, num_warps=4)]
         if kind is tuning.SEPARABLE:
             return tuning.prune_separable(self.dtype.itemsize, self.shape())
+        if kind is tuning.DENSE:
+            return tuning.prune_dense(self.dtype.itemsize, self.shape())
         return tuning.prune(kind, self.dtype.itemsize, self.shape())
 
     def patch(self) -> str:
@@ -156,6 +167,8 @@ def code(kernel: str) -> str:
 def facts(case: Case) -> dict:
     """Registers, bytes of stack, and how the kernel reaches memory."""
     fn, missing = function(case.kernel), _ALL[case.kernel][2]
+    if not case.affine:
+        missing = [*missing, "scale_ptr", "shift_ptr"]
     config = case.configurations()[case.choice]
     constants = {
         name: value for name, value in (case.shape() | config.kwargs).items()
@@ -173,7 +186,8 @@ def facts(case: Case) -> dict:
     source = ASTSource(fn, signature, constexprs=constants, attrs=attributes)
     target = TARGETS[case.target]
     warps = config.num_warps * 32 // target.warp_size  # tuning.py counts in the GPU at hand
-    options = {"num_warps": warps, "num_stages": config.num_stages}
+    stages = 2 if target.backend == "hip" and case.kernel in DENSE else config.num_stages
+    options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=target, options=options)
     found = {"case": str(case), "config": config.kwargs, "shared": compiled.metadata.shared}
     if case.target.startswith("gfx"):
@@ -203,8 +217,8 @@ def facts(case: Case) -> dict:
         "stack": int(re.search(r"STACK:(\d+)", report).group(1))
         + len(re.findall(r"\b(?:ld|st)\.local", ptx)),
         "matrix": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
-        "loads": len(re.findall(r"\bld\.global", ptx)),
-        "wide_loads": len(re.findall(r"\bld\.global\.v4\.b32", ptx)),
+        "loads": len(re.findall(r"\b(?:ld\.global|cp\.async\.c[ag]\.)", ptx)),
+        "wide_loads": len(re.findall(r"\b(?:ld\.global\.v4\.b32|cp\.async\.cg\.)", ptx)),
         "stores": len(re.findall(r"\bst\.global", ptx)),
         "wide_stores": len(re.findall(r"\bst\.global\.v4\.b32", ptx)),
     }
@@ -215,6 +229,12 @@ FEW = [Case(kernel, channels_last=last) for kernel in KERNELS for last in (True,
 #: (channels, size): what MobileNets have, and sizes of few divisors.
 SHAPES = [
     (32, 112), (64, 112), (128, 56), (256, 28), (512, 14), (1024, 7), (24, 28), (16, 6), (8, 33),
+]  # fmt: skip
+#: (channels, size, taps, stride) of dense convolutions: the stem, a block of depth of several taps
+#: and of one, pointwise ones for every number of output channels that makes a difference.
+DENSE_SHAPES = [
+    (3, 224, 3, 2), (24, 28, 3, 1), (128, 28, 3, 1),
+    *((channels, 14, 1, 1) for channels in (256, 128, 64, 32, 16)),
 ]  # fmt: skip
 KERNEL_SIZES = [(taps, stride) for taps in (7, 5, 3) for stride in (1, 2)]
 
@@ -245,6 +265,14 @@ def every_configuration() -> list[Case]:
             for target in TARGETS:
                 chosen = replace(case, choice=choice, target=target)
                 found.setdefault((kernel, last, dtype, chosen.patch(), target), chosen)
+    for kernel, last, dtype, layer in product(
+        DENSE, (True, False), (torch.bfloat16, torch.float32), DENSE_SHAPES
+    ):
+        case = Case(kernel, "sm_90", dtype, last, *layer, precision="ieee")
+        for choice, target in product(range(len(case.configurations())), TARGETS):
+            chosen = replace(case, choice=choice, target=target)
+            key = (kernel, last, dtype, chosen.patch(), target, case.taps, case.stride)
+            found.setdefault(key, chosen)
     found |= {key: Case(*key) for key in product(MERGES, TARGETS)}
     return list(dict.fromkeys(found.values()))
 

@@ -23,16 +23,28 @@ def dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def precision() -> str:
+    """What float32 products may lose: as for native's convolutions, which follow cuDNN's flag."""
+    if torch.version.hip is not None:
+        return "ieee"
+    allowed = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if allowed == "tf32" else "ieee"
+
+
 def check(
-    x, weight, scale, shift, stride, padding, dilation, activation, slope, op="dwconv_bn_act"
-) -> None:
-    """The checks of every backend; while torch traces, those of the shapes that kernels trust."""
+    x, weight, scale, shift, stride, padding, dilation, activation, slope, op="dwconv_bn_act",
+    groups=0,
+) -> None:  # fmt: skip
+    """The checks of every backend; while torch traces, those of the shapes that kernels trust.
+    groups: 0 for depthwise, or else 1."""
     if type(x) is Tensor and not torch.compiler.is_compiling():
         torch.ops.mnet_kernels.check_conv.default(
-            op, x, weight, scale, shift, stride, padding, dilation, 0, activation, slope
+            op, x, weight, scale, shift, stride, padding, dilation, groups, activation, slope
         )  # fmt: skip
         return
-    torch._check(weight.shape[0] % x.shape[1] == 0 and weight.shape[1] == 1)
+    depthwise = groups == 0
+    torch._check(weight.shape[1] == (1 if depthwise else x.shape[1]))
+    torch._check(not depthwise or weight.shape[0] % x.shape[1] == 0)
     for t in (scale, shift):
         torch._check(t is None or (t.shape == weight.shape[:1] and t.dtype == torch.float32))
 
@@ -49,11 +61,11 @@ def empty_output(x, weight, stride, padding, dilation, outputs=None) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
-class Call:
-    """A checked call: the kernels' sizes, compile-time constants and grids.
+class Convolution:
+    """A checked call: the kernels' sizes and compile-time constants.
 
     Args:
-        x: ``(N, C, H, W)``; weight: ``(C*M, 1, Kh, Kw)``; y: ``(N, C*M, OH, OW)``, or its gradient.
+        x: ``(N, C, H, W)``; weight: ``(K, ., Kh, Kw)``; y: ``(N, K, OH, OW)``, or its gradient.
     """
 
     def __init__(self, x: Tensor, weight: Tensor, y: Tensor, stride, padding, dilation) -> None:
@@ -64,18 +76,35 @@ class Call:
         self.layout = layout_of(x)
         self.itemsize = x.element_size()
         self.sizes = (x.shape[0], *x.shape[2:], *y.shape[2:])  # SIZES
+        self.padded = any((top, left, bottom, right))
         self.constants = {
-            "C": x.shape[1], "M": weight.shape[0] // x.shape[1], "KH": KH, "KW": KW,
+            "C": x.shape[1], "KH": KH, "KW": KW,
             "SH": stride[0], "SW": stride[1], "DH": dilation[0], "DW": dilation[1],
             "TOP": top, "LEFT": left,
             "CHANNELS_LAST": self.layout == torch.channels_last,
             # Half of what 32 bits hold: offsets that a mask rejects lie a little outside.
-            "WIDE": max(x.numel(), y.numel(), reach) >= 2**30,
+            "WIDE": max(x.numel(), weight.numel(), y.numel(), reach) >= 2**30,
         }  # fmt: skip
-        self.unrolled = KH * KW <= _UNROLLED_TAPS and stride[0] * stride[1] <= 16
 
     def dense(self, t: Tensor) -> Tensor:
         return t.contiguous(memory_format=self.layout)
+
+
+class Call(Convolution):
+    """A depthwise convolution's: grids too.
+
+    Args:
+        weight: ``(C*M, 1, Kh, Kw)``.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, y: Tensor, stride, padding, dilation) -> None:
+        super().__init__(x, weight, y, stride, padding, dilation)
+        constants = self.constants
+        constants["M"] = weight.shape[0] // x.shape[1]
+        self.unrolled = (
+            constants["KH"] * constants["KW"] <= _UNROLLED_TAPS
+            and constants["SH"] * constants["SW"] <= 16
+        )
 
     def taps(self, weight: Tensor) -> Tensor:
         """Tap by tap for channels_last: a copy unless the weight already lies so in memory."""

@@ -14,6 +14,7 @@ from mnet_kernels.registration import (
     register_vmap,
     training_gradients,
 )
+from mnet_kernels.triton.conv_bn_act import conv_bn_act
 from mnet_kernels.triton.dwconv_bn_act import dwconv_bn_act
 from mnet_kernels.triton.dwconv_bn_act_backward import dwconv_bn_act_backward
 from mnet_kernels.triton.dwconv_bn_act_training import dwconv_bn_act_training
@@ -21,6 +22,7 @@ from mnet_kernels.triton.dwconv_bn_act_training_backward import dwconv_bn_act_tr
 from mnet_kernels.triton.separable_conv import separable_conv
 
 __all__ = [
+    "conv_bn_act",
     "dwconv_bn_act",
     "dwconv_bn_act_backward",
     "dwconv_bn_act_training",
@@ -37,21 +39,21 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, dy):
     tensors, constants, needed = ctx.saved_tensors, ctx.constants, ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():  # gradients of gradients are asked for
-        gradients = _differentiable_gradients(dy, tensors, constants, needed)
+        y = _in_pytorch(tensors[0].shape[1], tensors, constants)
+        gradients = gradients_through(y, dy, tensors, needed, True)
     else:
         gradients = dwconv_bn_act_backward(dy, *tensors, *constants, list(needed))
     return *(g if n else None for g, n in zip(gradients, needed, strict=True)), *[None] * 5
 
 
-def _differentiable_gradients(dy, tensors, constants, needed):
+def _in_pytorch(groups, tensors, constants):
     stride, padding, dilation, activation, slope = constants
     stride, dilation = pair(stride), pair(dilation)
     padding = explicit_padding(tensors[0], tensors[1], stride, padding, dilation)
-    y = reference.dwconv_bn_act(
-        *tensors, stride=stride, padding=padding, dilation=dilation, activation=activation,
-        slope=slope,
+    return reference.conv_bn_act(
+        *tensors, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        activation=activation, slope=slope,
     )  # fmt: skip
-    return gradients_through(y, dy, tensors, needed, True)
 
 
 def _setup_training(ctx, inputs, output):
@@ -72,10 +74,17 @@ def _training_backward(ctx, dy, *_):
     return *(g if n else None for g, n in zip(gradients, needed, strict=True)), *[None] * 6
 
 
+def _dense_backward(ctx, dy):
+    return _gradients_of(lambda *tensors: _in_pytorch(1, tensors, ctx.constants), ctx, dy)
+
+
 dwconv_bn_act_training.register_autograd(_training_backward, setup_context=_setup_training)
 dwconv_bn_act.register_autograd(_backward, setup_context=_setup_context)
+conv_bn_act.register_autograd(_dense_backward, setup_context=_setup_context)
 register_vmap("dwconv_bn_act_triton", dwconv_bn_act)
+register_vmap("conv_bn_act_triton", conv_bn_act)
 for _device in ("cpu", "cuda"):
+    register_autocast("conv_bn_act_triton", conv_bn_act, _device)
     register_autocast("dwconv_bn_act_triton", dwconv_bn_act, _device)
     register_autocast("dwconv_bn_act_training_triton", dwconv_bn_act_training, _device)
 
@@ -90,24 +99,32 @@ def _setup_separable(ctx, inputs, output):
 
 
 def _separable_backward(ctx, dy):
-    """Through the two halves one after the other, computed again."""
-    needed, again = ctx.needs_input_grad[:_SEPARABLE_TENSORS], torch.is_grad_enabled()
-    tensors = [
-        t if t is None or again else t.detach().requires_grad_(n)
-        for t, n in zip(ctx.saved_tensors, needed, strict=True)
-    ]
-    x, dw_weight, dw_scale, dw_shift, pw_weight, pw_scale, pw_shift, residual = tensors
+    """Through the two halves one after the other."""
     *convolution, dw_activation, pw_activation, slope = ctx.constants
-    with torch.enable_grad():
+
+    def halves(x, dw_weight, dw_scale, dw_shift, pw_weight, pw_scale, pw_shift, residual):
         between = dwconv_bn_act(
             x, dw_weight, dw_scale, dw_shift, *convolution, dw_activation, slope
         )
         y = reference.conv_bn_act(
             between, pw_weight, pw_scale, pw_shift, activation=pw_activation, slope=slope
         )
-        y = y if residual is None else y + residual
-    gradients = gradients_through(y, dy, tensors, needed, again)
-    return *gradients, *[None] * len(ctx.constants)
+        return y if residual is None else y + residual
+
+    return _gradients_of(halves, ctx, dy)
+
+
+def _gradients_of(function, ctx, dy):
+    """Of the tensors that ctx saved, through function of them, computed again."""
+    again = torch.is_grad_enabled()
+    needed = ctx.needs_input_grad[: len(ctx.saved_tensors)]
+    tensors = [
+        t if t is None or again else t.detach().requires_grad_(n)
+        for t, n in zip(ctx.saved_tensors, needed, strict=True)
+    ]
+    with torch.enable_grad():
+        y = function(*tensors)
+    return *gradients_through(y, dy, tensors, needed, again), *[None] * len(ctx.constants)
 
 
 separable_conv.register_autograd(_separable_backward, setup_context=_setup_separable)

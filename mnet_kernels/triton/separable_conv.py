@@ -74,13 +74,6 @@ def _separable(
     store_row(y_ptr, (y,), n, k, h, w, mask, K, OH, OW, CHANNELS_LAST, False, PIXELS)
 
 
-def _precision() -> str:
-    """What float32 products may lose: as for native's convolutions, which follow cuDNN's flag."""
-    if torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
-
-
 @launch.operator(
     "mnet_kernels::separable_conv_triton",
     mutates_args=(),
@@ -108,7 +101,7 @@ def separable_conv(
         call.dense(x), call.taps(dw_weight), arguments.dense(dw_scale), arguments.dense(dw_shift),
         pw_weight.contiguous(), arguments.dense(pw_scale), arguments.dense(pw_shift),
         None if residual is None else call.dense(residual), y, *call.sizes, slope, K=K,
-        DW_ACTIVATION=dw_activation, PW_ACTIVATION=pw_activation, PRECISION=_precision(),
+        DW_ACTIVATION=dw_activation, PW_ACTIVATION=pw_activation, PRECISION=arguments.precision(),
         UNROLL=call.unrolled, **call.constants,
     )  # fmt: skip
     return y

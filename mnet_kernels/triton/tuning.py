@@ -10,6 +10,7 @@ The choice is kept for a layer and an input size whatever the batch, and on disk
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,25 @@ SEPARABLE = [
     ]
     for block_c in (16, 32)
 ]  # fmt: skip
+
+# conv_bn_act: (PIXELS, BLOCK_K, threads) by the most output channels that they are for; above 64
+# from what fills a GPU with a single image to what reads x and the weights least often.
+_DENSE = {
+    16: [(64, 16, 128), (128, 16, 128)],
+    32: [(64, 32, 128), (128, 32, 256)],
+    64: [(32, 64, 128), (64, 64, 128), (128, 64, 128)],
+    128: [(32, 64, 128), (64, 128, 128), (128, 128, 256)],
+    math.inf: [(32, 64, 128), (64, 128, 128), (128, 128, 256), (128, 256, 256)],
+}
+#: Blocks of depth on the chip: three where shared memory is filled asynchronously.
+_STAGES = 2 if torch.version.hip else 3
+_DENSE_CONFIGS = {
+    (pixels, block_k, threads): triton.Config(
+        {"PIXELS": pixels, "BLOCK_K": block_k}, num_warps=threads // _WARP, num_stages=_STAGES
+    )
+    for tiles in _DENSE.values() for pixels, block_k, threads in tiles
+}  # fmt: skip
+DENSE = list(_DENSE_CONFIGS.values())
 
 #: What the choice depends on, besides dtypes. No batch size: that would tune again for each.
 _KEY = [
@@ -165,6 +185,35 @@ def prune_separable(itemsize: int, shape: dict[str, Any]) -> list[triton.Config]
     return [c for c in SEPARABLE if fits(c.kwargs)]
 
 
+def dense(
+    width: int, itemsize: int, *, C: int, KH: int, KW: int, PRECISION: str, CHANNELS_LAST: bool,
+    **_: Any,
+) -> dict[str, int]:  # fmt: skip
+    """What conv_bn_act has no choice of: BLOCK_C, 128 bytes of the depth at most, and VECTOR, how
+    many pixels of contiguous one access moves: they divide rows of `width`."""
+    # Without matrix units all factors of a block wait in registers.
+    most = 16 if itemsize == 4 and PRECISION == "ieee" else 128 // itemsize
+    block_c = _block_of_depth(C, most)
+    if KH * KW > 1 and block_c > C:  # of several taps
+        block_c = _block_of_depth(KH * KW * C, most)
+    vectors = (1,) if CHANNELS_LAST else (16 // itemsize, 4, 2, 1)
+    return {"BLOCK_C": block_c, "VECTOR": next(v for v in vectors if width % v == 0)}
+
+
+def _block_of_depth(depth: int, most: int) -> int:
+    """The widest that adds at most an eighth to what the best one covers."""
+    blocks = [b for b in _BLOCKS if 16 <= b <= most]
+    covered = [-(-depth // b) * b for b in blocks]
+    return next(b for b, n in zip(blocks, covered, strict=True) if n * 8 <= min(covered) * 9)
+
+
+def prune_dense(itemsize: int, shape: dict[str, Any]) -> list[triton.Config]:
+    """Those for K output channels; a thread has 64 float32 sums at most, and twice that next to
+    factors of 16 bits."""
+    tiles = next(tiles for most, tiles in _DENSE.items() if shape["K"] <= most)
+    return [_DENSE_CONFIGS[t] for t in tiles if t[0] * t[1] <= 64 * (4 // itemsize) * t[2]]
+
+
 class _Prune:
     """early_config_prune of one kernel. Triton gives the positional arguments by name, torch's
     tracing the same."""
@@ -174,6 +223,7 @@ class _Prune:
 
     def __call__(self, configs, named, **constants):
         itemsize = named["w_ptr" if self.kind is not WEIGHT else "x_ptr"].dtype.itemsize
-        if isinstance(self.kind, list):
-            return prune_separable(itemsize, named | constants)
-        return prune(self.kind, itemsize, named | constants)
+        shape = named | constants
+        if isinstance(self.kind, Patches):
+            return prune(self.kind, itemsize, shape)
+        return (prune_dense if self.kind is DENSE else prune_separable)(itemsize, shape)
