@@ -88,16 +88,16 @@ def reference(p: Problem) -> tuple[Tensor, Tensor]:
     def absolute(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.cpu().double().abs()
 
-    exact = Problem(*map(wide, p.tensors), p.constants).run("native")
+    exact = type(p)(*map(wide, p.tensors), p.constants).run("native")
     linear = p.constants | {"activation": "identity"}
-    return exact, Problem(*map(absolute, p.tensors), linear).run("native")
+    return exact, type(p)(*map(absolute, p.tensors), linear).run("native")
 
 
 def tolerance(p: Problem, exact: Tensor, magnitude: Tensor) -> Tensor:
     """|error| allowed, an element: one rounding of the result to its dtype, and before it, in the
     accumulator, one rounding for every tap, scale, shift and each of the activation's few steps.
     An activation with a constant of its own (hardsigmoid(0) is 0.5) rounds that too."""
-    taps = p.weight.shape[2] * p.weight.shape[3]
+    taps = p.weight[0].numel()
     accumulator = ROUNDING[torch.float64 if p.x.dtype == torch.float64 else torch.float32]
     inner = (taps + 8) * accumulator * torch.maximum(magnitude, exact.abs())
     return ROUNDING[p.x.dtype] * (exact.abs() + inner) + inner + SMALLEST[p.x.dtype]

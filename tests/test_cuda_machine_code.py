@@ -64,6 +64,25 @@ def test_separable_conv_is_on_the_tensor_cores(kernels):
         assert kernel.load_bytes == kernel.store_bytes == 16, kernel
 
 
+def test_conv_bn_act_is_on_the_tensor_cores(kernels):
+    """Likewise; x comes by asynchronous copies too, element by element where its channels are few,
+    and y goes by stores of 16 bytes."""
+    found = [k for k in kernels if k.name.startswith("conv_bn_act_kernel<")]
+    assert len(found) == 3 * 3 * len(machine_code.ARCHITECTURES)
+    for kernel in found:
+        products, loads, copies = kernel.matrix
+        assert (products > 0) == (loads > 0) == ("<float," not in kernel.name), kernel
+        # Of x's rows, of its vectors, of weights.
+        assert copies >= 3, kernel
+        assert kernel.store_bytes == 16, kernel
+
+
+def test_small_blocks_of_conv_bn_act_are_many(kernels):
+    """tile_64 waits for memory: several blocks a multiprocessor make up for it."""
+    found = [k for k in kernels if "ConvTile64" in k.name and k.architecture >= 90]
+    assert found and all(k.blocks_per_sm >= 4 for k in found), found
+
+
 def test_enough_bytes_are_in_flight(kernels):
     """The 3x3 kernels that move 16 bytes at a time, and those of training, on sm_90."""
     fast = [

@@ -39,4 +39,12 @@ CallFacts facts_of_separable_call(const std::vector<int64_t>& x, const std::stri
                                   const std::vector<int64_t>& padding,
                                   const std::vector<int64_t>& dilation);
 
+// The same of conv_bn_act.
+std::vector<std::string> conv_variants();
+void force_conv_variant(const std::string& name);
+CallFacts facts_of_conv_call(const std::vector<int64_t>& x, const std::string& dtype,
+                             const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
+                             const std::vector<int64_t>& padding,
+                             const std::vector<int64_t>& dilation);
+
 }  // namespace mnet::cuda
