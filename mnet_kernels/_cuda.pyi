@@ -36,6 +36,7 @@ def facts_of_separable_call(
     stride: Sequence[int] = ...,
     padding: Sequence[int] = ...,
     dilation: Sequence[int] = ...,
+    tf32: bool = ...,
 ) -> CallFacts: ...
 def conv_variants() -> list[str]: ...
 def force_conv_variant(name: str) -> None: ...
@@ -46,4 +47,5 @@ def facts_of_conv_call(
     stride: Sequence[int] = ...,
     padding: Sequence[int] = ...,
     dilation: Sequence[int] = ...,
+    tf32: bool = ...,
 ) -> CallFacts: ...

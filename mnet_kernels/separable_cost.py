@@ -23,9 +23,10 @@ import torch
 class Gpu:
     multiprocessors: int
     bytes_per_s: float  # of a large copy
-    product: float  # 16-bit multiply-adds per second, of our mma.sync kernels at their best
+    #: 16-bit multiply-adds per second, of our mma.sync kernels at their best; of TF32 half of it.
+    product: float
     library_product: float  # of cuBLAS and cuDNN
-    float32: float  # multiply-adds per second, either way with TF32 off, ours with it on too
+    float32: float  # multiply-adds per second, either way with TF32 off
     library_tf32: float
     instructions: float  # of single lanes, per second
     launch_s: float = 2.5e-6  # the shortest kernel, its start included
@@ -54,14 +55,17 @@ def seconds(
         outputs: of the pointwise half.
         element_bytes: 2 or 4.
         taps: of the depthwise half.
-        tf32: the library may round float32 operands to TF32 (``cudnn.allow_tf32``).
+        tf32: float32 operands may be rounded to TF32 (``cudnn.allow_tf32``), ours and the
+            library's.
         copied: x and the result are copied into and out of the kernel's layout.
     """
     products = pixels * channels * outputs
     if element_bytes == 2:
         ours, library = gpu.product, gpu.library_product
+    elif tf32:
+        ours, library = gpu.product / 2, gpu.library_tf32
     else:
-        ours, library = gpu.float32, gpu.library_tf32 if tf32 else gpu.float32
+        ours, library = gpu.float32, gpu.float32
     element = channels * element_bytes
     moved_in, middle, moved_out = (
         input_pixels * element, pixels * element, pixels * outputs * element_bytes
@@ -72,10 +76,10 @@ def seconds(
     tiles, most = -(-pixels // tile), -(-outputs // wide)
     splits = min(most, -(-gpu.multiprocessors // tiles))
     depthwise = pixels * channels * taps * PER_TAP * splits / gpu.instructions
-    # On the cores that multiply float32, the depthwise half is not beside the product but in turn.
-    arithmetic = (
-        max(products / ours, depthwise) if element_bytes == 2 else products / ours + depthwise
-    )
+    # On the cores that multiply float32 without TF32, the depthwise half is not beside the product
+    # but in turn.
+    beside = element_bytes == 2 or tf32
+    arithmetic = max(products / ours, depthwise) if beside else products / ours + depthwise
     one = max((moved_in + moved_out) / gpu.bytes_per_s, arithmetic, gpu.launch_s)
     if copied:
         one += sum(max(2 * n / gpu.bytes_per_s, gpu.launch_s) for n in (moved_in, moved_out))

@@ -7,8 +7,7 @@ import itertools
 import pytest
 import torch
 from cuda_rulers import ON_A_GPU, every_dtype
-from emulation.conv import Conv, conv
-from rulers import assert_correct
+from emulation.conv import Conv, assert_correct, conv
 from torch import Tensor
 
 from mnet_kernels.reference import ACTIVATIONS
@@ -49,7 +48,7 @@ def run(p: Conv, **changed: Tensor | None) -> Tensor:
     tensors = dict(zip(("x", "weight", "scale", "shift"), p.tensors, strict=True)) | changed
     return torch.ops.mnet_kernels.conv_bn_act(
         *tensors.values(), *lists(p), p.constants.get("activation", "relu"),
-        p.constants.get("slope", 0.01),
+        p.constants.get("slope", 0.01), p.tf32,
     )  # fmt: skip
 
 
@@ -81,6 +80,16 @@ def test_edges(force, dtype, kernel, constants):
             shape, outputs, kernel, dtype=dtype, device="cuda", activation="relu6", **constants
         )
         check_every_kernel(p, force)
+
+
+@pytest.mark.parametrize("kernel,constants", ANY, ids=str)
+def test_tf32(force, kernel, constants):
+    """Within its own bound, and it is TF32: not what plain multiply-adds make of it."""
+    for shape, outputs in SHAPES:
+        p = conv(shape, outputs, kernel, device="cuda", tf32=True, **constants)
+        check_every_kernel(p, force)
+        fast, p.tf32 = run(p), False
+        assert fast.numel() < 1000 or not torch.equal(fast, run(p))
 
 
 @every_dtype

@@ -6,14 +6,17 @@ from __future__ import annotations
 import pytest
 import torch
 from emulation import conv as convs
-from emulation.conv import Conv, conv
+from emulation.conv import Conv, assert_correct, conv
 from emulation.emulator import EmulationError, emulator
-from rulers import assert_correct
 
 from mnet_kernels.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+#: What the tensors hold, and whether products are TF32's.
+every_product = pytest.mark.parametrize(
+    "dtype,tf32", [*((d, False) for d in DTYPES), (torch.float32, True)],
+    ids=["float32", "float16", "bfloat16", "tf32"],
+)  # fmt: skip
 #: Elements of either size; float16 and bfloat16 differ in conversion and instruction only.
 both_sizes = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"]
@@ -63,10 +66,10 @@ CASES = [
 ]  # fmt: skip
 
 
-@every_dtype
+@every_product
 @pytest.mark.parametrize("shape,outputs,kernel,constants", CASES, ids=str)
-def test_edges(dtype, shape, outputs, kernel, constants):
-    p = conv(shape, outputs, kernel, dtype=dtype, **constants)
+def test_edges(dtype, tf32, shape, outputs, kernel, constants):
+    p = conv(shape, outputs, kernel, dtype=dtype, tf32=tf32, **constants)
     assert convs.able(emulator(), p) == convs.names(emulator())
     check(p)
 
@@ -109,11 +112,13 @@ def test_one_hot_inputs_find_every_index_error():
 
 
 @pytest.mark.parametrize("channels", [8, 3])
-def test_nan_and_inf_stay_where_they_are(channels):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "tf32"])
+def test_nan_and_inf_stay_where_they_are(channels, dtype):
     """Not a number at one pixel reaches that window's outputs and no other."""
-    p = conv((1, channels, 9, 9), 16, (3, 3), dtype=torch.float16, affine=False, padding=1)
+    p = conv((1, channels, 9, 9), 16, (3, 3), dtype=dtype, affine=False, padding=1)
+    p.tf32 = dtype == torch.float32
     p.x[0, 1, 4, 4] = float("nan")
-    p.x[0, :, 0, 0] = 60000
+    p.x[0, :, 0, 0] = torch.finfo(dtype).max
     p.weight.fill_(2)
     expected = p.run("native")
     for variant in convs.names(emulator()):

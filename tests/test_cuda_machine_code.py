@@ -53,10 +53,10 @@ def test_passes_over_x_load_as_wide_as_their_vectors(kernels):
 
 
 def test_separable_conv_is_on_the_tensor_cores(kernels):
-    """Matrix instructions fed by matrix loads for 16-bit elements, plain multiply-adds for float32;
-    weights by asynchronous copies, x by loads and y by stores of 16 bytes."""
+    """Matrix instructions fed by matrix loads for 16-bit elements and TF32, plain multiply-adds for
+    float32; weights by asynchronous copies, x by loads and y by stores of 16 bytes."""
     found = [k for k in kernels if k.name.startswith("separable_conv_kernel<")]
-    assert len(found) == 3 * 4 * len(machine_code.ARCHITECTURES)
+    assert len(found) == 4 * 4 * len(machine_code.ARCHITECTURES)
     for kernel in found:
         products, loads, copies = kernel.matrix
         assert (products > 0) == (loads > 0) == ("<float," not in kernel.name), kernel
@@ -68,7 +68,7 @@ def test_conv_bn_act_is_on_the_tensor_cores(kernels):
     """Likewise; x comes by asynchronous copies too, element by element where its channels are few,
     and y goes by stores of 16 bytes."""
     found = [k for k in kernels if k.name.startswith("conv_bn_act_kernel<")]
-    assert len(found) == 3 * 3 * len(machine_code.ARCHITECTURES)
+    assert len(found) == 4 * 3 * len(machine_code.ARCHITECTURES)
     for kernel in found:
         products, loads, copies = kernel.matrix
         assert (products > 0) == (loads > 0) == ("<float," not in kernel.name), kernel

@@ -19,7 +19,7 @@ void launch(const Launcher& launcher, const char* variant, const ConvCall& call)
     switch (call.conv.dtype) {
       case DType::float16: return launch_conv_float16(launcher, variant, call);
       case DType::bfloat16: return launch_conv_bfloat16(launcher, variant, call);
-      default: return launch_conv_float32(launcher, variant, call);
+      default: return (call.tf32 ? launch_conv_tf32 : launch_conv_float32)(launcher, variant, call);
     }
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(check::join(kOp, ": ", error.what(), " (kernel ", variant, ")"));
@@ -27,9 +27,9 @@ void launch(const Launcher& launcher, const char* variant, const ConvCall& call)
 }
 
 // All but the pointers.
-ConvCall conv_call_of(const Problem& problem, const DeviceLimits& limits) {
+ConvCall conv_call_of(const Problem& problem, const DeviceLimits& limits, bool tf32) {
   check_dtype(kOp, problem);
-  return {call_of(problem, true), limits.multiprocessors, limits.shared_bytes};
+  return {call_of(problem, true), limits.multiprocessors, limits.shared_bytes, tf32};
 }
 
 }  // namespace
@@ -37,13 +37,13 @@ ConvCall conv_call_of(const Problem& problem, const DeviceLimits& limits) {
 Tensor conv_bn_act(Tensor x, Tensor weight, std::optional<Tensor> scale,
                    std::optional<Tensor> shift, std::vector<int64_t> stride,
                    std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                   std::string activation, double slope) {
+                   std::string activation, double slope, bool tf32) {
   const TensorFacts facts = mnet::facts_of(x);
   const Problem problem = checked_problem(kOp, facts, mnet::facts_of(weight), mnet::facts_of(scale),
                                           mnet::facts_of(shift),
                                           {std::move(stride), std::move(padding),
                                            std::move(dilation), std::move(activation), slope, 1});
-  ConvCall call = conv_call_of(problem, limits_of(facts.device_index));
+  ConvCall call = conv_call_of(problem, limits_of(facts.device_index), tf32);
   DwconvCall& conv = call.conv;
   const torch::stable::accelerator::DeviceGuard guard(facts.device_index);
   const Layout layout = layout_of(x);
@@ -69,10 +69,10 @@ void force_conv_variant(const std::string& name) { forced.set("force_conv_varian
 CallFacts facts_of_conv_call(const std::vector<int64_t>& x, const std::string& dtype,
                              const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
                              const std::vector<int64_t>& padding,
-                             const std::vector<int64_t>& dilation) {
+                             const std::vector<int64_t>& dilation, bool tf32) {
   const Problem problem = checked_problem(kOp, facts_of(x, dtype), facts_of(weight, dtype), {}, {},
                                           {stride, padding, dilation, "relu6", 0, 1});
-  const ConvCall call = conv_call_of(problem, limits_of(0));
+  const ConvCall call = conv_call_of(problem, limits_of(0), tf32);
   return facts_of_variant<ConvVariants>(forced.or_chosen(call), call, launch);
 }
 

@@ -33,8 +33,9 @@ __device__ __forceinline__ ProductAffine load_affine(int thread, const unsigned 
 }
 
 template <typename Element, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::blocks(sizeof(Element)))
+__global__ void __launch_bounds__(Tile::kThreads, Tile::template blocks<Element>())
     conv_bn_act_kernel(const ConvCall call, const ConvPlan plan) {
+  using Memory = Stored<Element>;
   constexpr int kStages = Tile::kStages;
   constexpr int kStep = 32 / sizeof(Element);  // of the depth
   const DwconvCall& conv = call.conv;
@@ -61,16 +62,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::blocks(sizeof(Element)))
       const int64_t first = static_cast<int64_t>(coming_tile) * Tile::kPixels;
       unsigned char* to = patches + coming_stage * Tile::kPixelBytes;
       if (plan.gather == Gather::rows) {
-        gather_rows<Element, Tile>(lane, conv, plan, first, coming_chunk, to);
+        gather_rows<Memory, Tile>(lane, conv, plan, first, coming_chunk, to);
       } else {
         if (coming_chunk == 0) store_windows<Tile>(thread, conv, plan, first, windows);
         if (plan.gather == Gather::vectors)
-          gather_vectors<Element, Tile>(lane, conv, plan, windows, coming_chunk, to);
+          gather_vectors<Memory, Tile>(lane, conv, plan, windows, coming_chunk, to);
         else
-          gather_elements<Element, Tile>(lane, conv, plan, windows, coming_chunk, to);
+          gather_elements<Memory, Tile>(lane, conv, plan, windows, coming_chunk, to);
       }
       if (!plan.weights_stay || coming_tile == first_tile)
-        request_weights<Element, Tile>(
+        request_weights<Memory, Tile>(
             thread, conv.weight, conv.K, plan.depth, plan.wide_weights, first_channel, coming_chunk,
             weights + (plan.weights_stay ? coming_chunk : coming_stage) * Tile::kWeightBytes);
       if (++coming_chunk == plan.chunks) coming_chunk = 0, coming_tile += plan.groups;
@@ -106,12 +107,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::blocks(sizeof(Element)))
     if constexpr (Tile::kWK > 1) add_parts<Tile>(thread, parts, sum);
     const int64_t first_pixel = static_cast<int64_t>(tile) * Tile::kPixels;
     if (works && threadIdx.x < Tile::kThreads / Tile::kWK)
-      store_outputs<Element, Tile, false>(thread, out, plan.wide_outputs,
-                                          load_affine<Tile>(thread, affine), first_channel, sum,
-                                          [&](int row) {
-                                            const int64_t pixel = first_pixel + row;
-                                            return pixel < plan.pixels ? pixel : -1;
-                                          });
+      store_outputs<Memory, Tile, false>(thread, out, plan.wide_outputs,
+                                         load_affine<Tile>(thread, affine), first_channel, sum,
+                                         [&](int row) {
+                                           const int64_t pixel = first_pixel + row;
+                                           return pixel < plan.pixels ? pixel : -1;
+                                         });
 #pragma unroll
     for (int i = 0; i < Tile::kSums; ++i) sum[i / 16][i / 4 % 4][i % 4] = 0;
     chunk = 0, tile += plan.groups;

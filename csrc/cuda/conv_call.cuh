@@ -17,6 +17,7 @@ namespace mnet::cuda {
 struct ConvCall {
   DwconvCall conv;  // channels_last, weight (K, C, KH, KW) too; its multiplier is not used
   int multiprocessors, shared_limit;  // of the device; bytes that a block may have
+  bool tf32;                          // float32 products may be tf32's
 };
 
 // Where a chunk of patches comes from.
@@ -53,8 +54,9 @@ struct ConvTile : ProductTile<MI, WM, WN, WK, Stages> {
   static constexpr int kAffineBytes = 8 * Product::kChannels;
   static_assert(Product::kChannels <= Product::kThreads);
 
-  MNET_HOST_DEVICE static constexpr int blocks(int64_t element_bytes) {
-    return element_bytes == 4 ? FloatBlocks : Blocks;
+  template <typename Element>
+  MNET_HOST_DEVICE static constexpr int blocks() {
+    return std::is_same_v<Element, float> ? FloatBlocks : Blocks;
   }
 
   // Of a block, with so many chunks of weights.
@@ -76,7 +78,9 @@ inline Gather gather_of(const DwconvCall& conv) {
 template <typename Tile>
 ConvPlan conv_plan(const ConvCall& call) {
   const DwconvCall& conv = call.conv;
-  const int64_t bytes = element_bytes(conv), most = Tile::blocks(bytes),
+  const int64_t bytes = element_bytes(conv),
+                most = bytes == 4 && !call.tf32 ? Tile::template blocks<float>()
+                                                : Tile::template blocks<tf32>(),
                 depth = conv.KH * conv.KW * conv.C;
   const int64_t height = std::max(conv.H, (conv.OH - 1) * conv.SH + conv.KH * conv.DH);
   const int64_t width = std::max(conv.W, (conv.OW - 1) * conv.SW + conv.KW * conv.DW);

@@ -1,7 +1,7 @@
 // A product of two matrices by a block, and what becomes of it: a tile of pixels by output
 // channels. The operands pass through shared memory in x's dtype, a chunk of the depth at a time;
-// sums stay in registers. Products are matrix instructions of the tensor cores for 16-bit elements;
-// for float32 plain multiply-adds, as accurate as native's, which TF32 is not.
+// sums stay in registers. Products are matrix instructions of the tensor cores for 16-bit elements
+// and tf32; for float32 plain multiply-adds, as accurate as native's without TF32.
 #pragma once
 
 #include "dwconv_call.cuh"
@@ -118,20 +118,22 @@ __device__ __forceinline__ void multiply_chunk(int thread, const unsigned char* 
   };
   pixels += warp.m * (16 * MI) * kSlabBytes;
   weights += warp.n * (8 * NI) * kSlabBytes;
+  constexpr bool kMatrix = !std::is_same_v<Element, float>;
   constexpr int kSteps = Tile::kSteps / Tile::kWK;
-#pragma unroll(sizeof(Element) == 2 ? kSteps : 1)
+#pragma unroll(kMatrix ? kSteps : 1)
   for (int i = 0; i < kSteps; ++i) {
     const int step = warp.k + i * Tile::kWK;
     if (step >= steps) break;
-    if constexpr (sizeof(Element) == 2) {
+    if constexpr (kMatrix) {
       uint32_t a[MI][4];
 #pragma unroll
       for (int m = 0; m < MI; ++m)
-        load_matrices(at(pixels, Tile::kPixels, lane % 16, 16 * m, 2 * step + lane / 16), a[m]);
+        load_operands<Element>(at(pixels, Tile::kPixels, lane % 16, 16 * m, 2 * step + lane / 16),
+                               a[m]);
 #pragma unroll
       for (int n = 0; n < NI; n += 2) {
         uint32_t b[4];
-        load_matrices(
+        load_operands<Element>(
             at(weights, Tile::kChannels, lane / 16 * 8 + lane % 8, 8 * n, 2 * step + lane / 8 % 2),
             b);
 #pragma unroll

@@ -23,6 +23,7 @@ struct SeparableCall {
   int64_t K;
   Activation pw_activation;
   int multiprocessors, shared_limit;  // of the device; bytes that a block may have
+  bool tf32;                          // float32 products may be tf32's
 };
 
 // How the depthwise half is computed. `three` and `vectors` move 16 bytes of channels at a time.

@@ -17,6 +17,7 @@ constexpr int kSeparableBlocks = Tile::kBlocks;
 template <typename Element, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, kSeparableBlocks<Tile>)
     separable_conv_kernel(const SeparableCall call, const SeparablePlan plan) {
+  using Memory = Stored<Element>;
   constexpr int kStages = Tile::kStages;
   constexpr int kStep = 32 / sizeof(Element);  // channels
   unsigned char* places = shared_memory();
@@ -36,9 +37,9 @@ __global__ void __launch_bounds__(Tile::kThreads, kSeparableBlocks<Tile>)
     for (; chunk >= plan.chunks; chunk -= plan.chunks) ++tile;
     if (stage >= kStages) stage -= kStages;
     if (tile < last)
-      request_weights<Element, Tile>(thread_anew(), call.pw_weight, call.K, dw.K, plan.wide_weights,
-                                     static_cast<int64_t>(tile) * Tile::kChannels, chunk,
-                                     weights + stage * Tile::kWeightBytes);
+      request_weights<Memory, Tile>(thread_anew(), call.pw_weight, call.K, dw.K, plan.wide_weights,
+                                    static_cast<int64_t>(tile) * Tile::kChannels, chunk,
+                                    weights + stage * Tile::kWeightBytes);
     commit_copies();
   };
 #pragma unroll
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kSeparableBlocks<Tile>)
   store_places<Tile>(plan, static_cast<int64_t>(block / plan.splits) * Tile::kPixels, places);
   __syncthreads();
   for (int chunk = 0; chunk < (Tile::kStream ? 1 : plan.chunks); ++chunk)
-    depthwise_chunk<Element, Tile>(call, plan, chunk, places, middle + chunk * Tile::kPixelBytes);
+    depthwise_chunk<Memory, Tile>(call, plan, chunk, places, middle + chunk * Tile::kPixelBytes);
 
   int stage = 0;
   for (int tile = first; tile < last; ++tile) {
@@ -59,8 +60,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kSeparableBlocks<Tile>)
       __syncthreads();
       request(tile, chunk + kStages - 1, stage + kStages - 1);
       if (Tile::kStream && chunk + 1 < plan.chunks)
-        depthwise_chunk<Element, Tile>(call, plan, chunk + 1, places,
-                                       middle + (chunk + 1) % 2 * Tile::kPixelBytes);
+        depthwise_chunk<Memory, Tile>(call, plan, chunk + 1, places,
+                                      middle + (chunk + 1) % 2 * Tile::kPixelBytes);
       const int64_t left = dw.K - static_cast<int64_t>(chunk) * (kStep * Tile::kSteps);
       const int steps =
           left < kStep * Tile::kSteps ? static_cast<int>((left + kStep - 1) / kStep) : Tile::kSteps;
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kSeparableBlocks<Tile>)
     const int thread = thread_anew();
     if constexpr (Tile::kWK > 1) add_parts<Tile>(thread, parts, sum);
     if (works && threadIdx.x < Tile::kThreads / Tile::kWK)
-      store_outputs<Element, Tile, true>(
+      store_outputs<Memory, Tile, true>(
           thread, out, plan.wide_outputs, affine_of_lane<Tile>(thread, out, first_channel),
           first_channel, sum, [&](int row) {
             const SeparablePlace at = load_place(places, row);

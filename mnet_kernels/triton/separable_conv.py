@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mnet_kernels.registration import same_device
+from mnet_kernels.registration import may_use_tf32, same_device
 from mnet_kernels.triton import arguments, launch, tuning
 from mnet_kernels.triton.activation import activate
 from mnet_kernels.triton.dwconv_bn_act import convolve
@@ -78,7 +78,7 @@ def _precision() -> str:
     """What float32 products may lose: as for native's convolutions, which follow cuDNN's flag."""
     if torch.version.hip is not None:
         return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if may_use_tf32() else "ieee"
 
 
 @launch.operator(

@@ -8,16 +8,19 @@ namespace {
 
 ConvCall conv_call_of_request(const emulation::Request& r) {
   return {call_of_request(r), static_cast<int>(r.integer("multiprocessors")),
-          static_cast<int>(r.integer("shared_limit"))};
+          static_cast<int>(r.integer("shared_limit")), r.integer("tf32") != 0};
 }
 
 // Returns the variant that ran; "auto" leaves the choice to the heuristic.
 std::string run(const emulation::Request& r) {
   const ConvCall call = conv_call_of_request(r);
   const std::string variant = r.variant == "auto" ? choose(call) : r.variant;
-  with_element(call.conv.dtype, [&](auto element) {
-    ConvVariants::launch<decltype(element)>(r.launcher, variant, call);
-  });
+  if (call.tf32)
+    ConvVariants::launch<tf32>(r.launcher, variant, call);
+  else
+    with_element(call.conv.dtype, [&](auto element) {
+      ConvVariants::launch<decltype(element)>(r.launcher, variant, call);
+    });
   return variant;
 }
 
