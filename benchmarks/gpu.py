@@ -2,9 +2,9 @@
 
 python benchmarks/gpu.py [--stages build,tests,...] [--minutes 25] [--output FILE.json]
 
-Stages, the most important first: build, tests, layers, separable, training, sanitizer, networks,
-profile (ncu on the kernels that lag), suite (all tests that need no emulation). Each has a share of
-the time and leaves its part of the result when it ends, so a run that is cut short is still a
+Stages, the most important first: build, tests, layers, separable, conv, training, sanitizer,
+networks, profile (ncu on the kernels that lag), suite (all tests that need no emulation). Each has
+a share of the time and leaves its part of the result when it ends, so a run that is cut short is a
 result; stages that are run later are added to the same file. Exit status: 1 if the build, a test or
 a sanitizer failed or a benchmark found a wrong answer, else 0. What a machine lacks is said and
 left out.
@@ -30,13 +30,13 @@ from gpu_table import table
 ROOT = Path(__file__).parents[1]
 #: Of the time given, what each stage may take at most.
 SHARES = {
-    "build": 0.12, "tests": 0.12, "layers": 0.26, "separable": 0.08, "training": 0.12,
-    "sanitizer": 0.1, "networks": 0.1, "profile": 0.03, "suite": 0.07,
+    "build": 0.12, "tests": 0.12, "layers": 0.22, "separable": 0.08, "conv": 0.04,
+    "training": 0.12, "sanitizer": 0.1, "networks": 0.1, "profile": 0.03, "suite": 0.07,
 }  # fmt: skip
 #: On a device; compute-sanitizer runs a part of them.
 DEVICE_TESTS = [
-    "tests/test_cuda.py", "tests/test_cuda_gradients.py", "tests/test_cuda_in_torch.py",
-    "tests/test_cuda_separable.py", "tests/test_cuda_training.py",
+    "tests/test_cuda.py", "tests/test_cuda_conv.py", "tests/test_cuda_gradients.py",
+    "tests/test_cuda_in_torch.py", "tests/test_cuda_separable.py", "tests/test_cuda_training.py",
 ]  # fmt: skip
 # Building in place needs nothing of pyproject.toml, which older setuptools cannot read.
 BUILD = """

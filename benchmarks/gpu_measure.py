@@ -402,6 +402,10 @@ def work(stage: str, seconds: float, output: Path) -> None:
         import gpu_separable  # likewise
 
         plan = [(gpu_separable.row, *arguments) for arguments in gpu_separable.plan()]
+    elif stage == "conv":
+        import gpu_conv  # likewise
+
+        plan = [(gpu_conv.row, *arguments) for arguments in gpu_conv.plan()]
     elif stage == "layers":
         plan = [(layer_row, *arguments) for arguments in layer_plan()]
     else:

@@ -20,10 +20,11 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"- {name}: {verdict} {stage.get('counts', '')}")
     layers = stages.get("layers", {}).get("rows", [])
     lines += _goals(layers) + _layers(layers)
-    rows = stages.get("separable", {}).get("rows", [])
-    if rows:
-        lines += _head(list(rows[0]["table"]))
-        lines += [f"| {' | '.join(row['table'].values())} |" for row in rows]
+    for name in ("separable", "conv"):
+        rows = stages.get(name, {}).get("rows", [])
+        if rows:
+            lines += _head(list(rows[0]["table"]))
+            lines += [f"| {' | '.join(row['table'].values())} |" for row in rows]
     lines += _training(stages.get("training", {}).get("rows", []))
     for row in stages.get("profile", {}).get("rows", []):
         call = f"{row['shape']}, batch {row['batch']}, {row['dtype']}, {row['layout']}"

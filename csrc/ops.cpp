@@ -41,16 +41,17 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
       "Tensor? beta, Tensor mean, Tensor var, str activation, float slope, float eps, bool data, "
       "bool sums) -> (Tensor, Tensor, Tensor, Tensor)");
   // Depthwise + affine + activation, then pointwise (pw_weight (K, C*M, 1, 1)) + affine +
-  // activation, then + residual; what is between the two never reaches memory.
+  // activation, then + residual; what is between the two never reaches memory. tf32: on a GPU, the
+  // pointwise half may multiply float32 as TF32.
   m.def(
       "separable_conv(Tensor x, Tensor dw_weight, Tensor? dw_scale, Tensor? dw_shift, "
       "Tensor pw_weight, Tensor? pw_scale, Tensor? pw_shift, Tensor? residual, int[2] stride, "
-      "int[4] padding, int[2] dilation, str dw_activation, str pw_activation, float slope) -> "
-      "Tensor");
-  // A dense convolution (one group) + affine + activation on a GPU; no gradient.
+      "int[4] padding, int[2] dilation, str dw_activation, str pw_activation, float slope, "
+      "bool tf32=False) -> Tensor");
+  // A dense convolution (one group) + affine + activation on a GPU; no gradient. tf32: likewise.
   m.def(
       "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[2] stride, "
-      "int[4] padding, int[2] dilation, str activation, float slope) -> Tensor");
+      "int[4] padding, int[2] dilation, str activation, float slope, bool tf32=False) -> Tensor");
   // A dense convolution (one group) on weights packed by pack_conv_weight; float32, channels_last.
   m.def(
       "conv_bn_act_packed(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, int[2] kernel, "

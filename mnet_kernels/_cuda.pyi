@@ -36,4 +36,16 @@ def facts_of_separable_call(
     stride: Sequence[int] = ...,
     padding: Sequence[int] = ...,
     dilation: Sequence[int] = ...,
+    tf32: bool = ...,
+) -> CallFacts: ...
+def conv_variants() -> list[str]: ...
+def force_conv_variant(name: str) -> None: ...
+def facts_of_conv_call(
+    x: Sequence[int],
+    dtype: str,
+    weight: Sequence[int],
+    stride: Sequence[int] = ...,
+    padding: Sequence[int] = ...,
+    dilation: Sequence[int] = ...,
+    tf32: bool = ...,
 ) -> CallFacts: ...

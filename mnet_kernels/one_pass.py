@@ -16,7 +16,7 @@ from mnet_kernels.backends import TRITON_INTERPRETED
 from mnet_kernels.nn import FusedConv2d, in_functorch, is_depthwise
 from mnet_kernels.plan import Stage
 from mnet_kernels.reference import ACTIVATIONS
-from mnet_kernels.registration import layout_of
+from mnet_kernels.registration import layout_of, may_use_tf32
 from mnet_kernels.separable import separable_conv, why_composed
 from mnet_kernels.separable_cost import gpu_of, seconds
 
@@ -156,7 +156,7 @@ def _estimate(dw: FusedConv2d, pw: FusedConv2d, x: Tensor) -> tuple[float, float
         x.element_size(),
         gpu_of(x.device),
         taps=dw.kernel_size[0] * dw.kernel_size[1],
-        tf32=torch.backends.cudnn.allow_tf32,
+        tf32=may_use_tf32(),
         # Triton's kernel reads either layout.
         copied=dw.serving(x.device, x.dtype) == "cuda"
         and not x.is_contiguous(memory_format=torch.channels_last),

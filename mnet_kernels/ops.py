@@ -126,8 +126,11 @@ def conv_bn_act(
             activation=activation, slope=slope,
         )  # fmt: skip
     if groups == 1 and not needs_grad and has_dense_kernel(chosen):
-        kernel = _triton("conv_bn_act") if chosen == "triton" else _conv_bn_act
-        return kernel(*tensors, stride, padding, dilation, activation, slope)
+        args = (*tensors, stride, padding, dilation, activation, slope)
+        if chosen == "triton":
+            return _triton("conv_bn_act")(*args)  # asks for TF32 by itself
+        tf32 = x.dtype == torch.float32 and registration.may_use_tf32()
+        return _conv_bn_act(*args, tf32=tf32)
     return _native(
         "conv_bn_act", groups, x, weight, scale, shift, stride, padding, dilation, activation, slope
     )
@@ -255,7 +258,7 @@ def _check_fake(op, x, weight, scale, shift, stride, padding, dilation, groups, 
 
 
 def _register_fake(op: str) -> None:
-    def fake(x, weight, scale, shift, stride, padding, dilation, activation, slope):
+    def fake(x, weight, scale, shift, stride, padding, dilation, activation, slope, tf32=False):
         _same_device(op, x, weight=weight, scale=scale, shift=shift)
         pad = _explicit_padding(x, weight, _pair(stride), padding, _pair(dilation))
         out_h, out_w = _output_size(x, weight, stride, pad, dilation)

@@ -26,6 +26,13 @@ def explicit_padding(x, weight, stride, padding, dilation) -> tuple[int, int, in
     return (top, left, top, left) if len(padding) < 4 else tuple(padding)
 
 
+@torch.compiler.assume_constant_result
+def may_use_tf32() -> bool:
+    """Whether float32 convolutions on a GPU may multiply as TF32: cuDNN's flag, which native's
+    follow. A compiled graph keeps what it was when it was compiled."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 def output_size(x, weight, stride, pad, dilation) -> list[int]:
     """(OH, OW) for explicit padding."""
     top, left, bottom, right = pad

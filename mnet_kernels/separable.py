@@ -17,6 +17,7 @@ from mnet_kernels.registration import (
     IntOrInts,
     explicit_padding,
     gradients_through,
+    may_use_tf32,
     output_size,
     pair,
     same_device,
@@ -50,7 +51,8 @@ def separable_conv(
 
     ``y = pw_act(pw_scale * (pw_weight @ d) + pw_shift) + residual`` at every pixel, where ``d`` is
     :func:`mnet_kernels.dwconv_bn_act` of x, rounded to x's dtype; d never reaches memory. Sums are
-    accumulated in float32 and rounded once.
+    accumulated in float32 and rounded once. On a GPU both factors of a float32 product are rounded
+    to TF32 where native may do so (``torch.backends.cudnn.allow_tf32``).
 
     Args:
         x: ``(N, C, H, W)``; float32 or bfloat16 on the CPU in one pass, channels_last as it is and
@@ -86,7 +88,9 @@ def separable_conv(
     if chosen == "native":
         return _native(*args)
     if _reason(chosen, x.dtype) is None:
-        return _operator(chosen)(*args)
+        # Triton's operator asks by itself.
+        more = {"tf32": may_use_tf32()} if chosen == "cuda" and x.dtype == torch.float32 else {}
+        return _operator(chosen)(*args, **more)
     _check(*args)
     return _composed(chosen, *args)
 
@@ -152,7 +156,7 @@ def _native(*args: Any) -> Tensor:
 def _composed(backend: str | None, *args: Any) -> Tensor:
     """The halves one after the other, differentiable to any order."""
     x, dw_weight, dw_scale, dw_shift, pw_weight, pw_scale, pw_shift, residual, *constants = args
-    stride, padding, dilation, dw_activation, pw_activation, slope = constants
+    stride, padding, dilation, dw_activation, pw_activation, slope, *_ = constants
     middle = ops.dwconv_bn_act(
         x, dw_weight, dw_scale, dw_shift, stride=stride, padding=padding or "same",
         dilation=dilation, activation=dw_activation, slope=slope, backend=backend,

@@ -23,9 +23,10 @@ import torch
 class Gpu:
     multiprocessors: int
     bytes_per_s: float  # of a large copy
-    product: float  # 16-bit multiply-adds per second, of our mma.sync kernels at their best
+    #: 16-bit multiply-adds per second, of our mma.sync kernels at their best; of TF32 half of it.
+    product: float
     library_product: float  # of cuBLAS and cuDNN
-    float32: float  # multiply-adds per second, either way with TF32 off, ours with it on too
+    float32: float  # multiply-adds per second, either way with TF32 off
     library_tf32: float
     instructions: float  # of single lanes, per second
     launch_s: float = 2.5e-6  # the shortest kernel, its start included
@@ -54,7 +55,8 @@ def seconds(
         outputs: of the pointwise half.
         element_bytes: 2 or 4.
         taps: of the depthwise half.
-        tf32: the library may round float32 operands to TF32 (``cudnn.allow_tf32``).
+        tf32: float32 operands may be rounded to TF32 (``cudnn.allow_tf32``), ours and the
+            library's.
         copied: x and the result are copied into and out of the kernel's layout.
     """
     products = pixels * channels * outputs
@@ -69,10 +71,10 @@ def seconds(
     tiles, most = -(-pixels // tile), -(-outputs // wide)
     splits = min(most, -(-gpu.multiprocessors // tiles))
     depthwise = pixels * channels * taps * PER_TAP * splits / gpu.instructions
-    # On the cores that multiply float32, the depthwise half is not beside the product but in turn.
-    arithmetic = (
-        max(products / ours, depthwise) if element_bytes == 2 else products / ours + depthwise
-    )
+    # On the cores that multiply float32 without TF32, the depthwise half is not beside the product
+    # but in turn.
+    beside = element_bytes == 2 or tf32
+    arithmetic = max(products / ours, depthwise) if beside else products / ours + depthwise
     one = max((moved_in + moved_out) / gpu.bytes_per_s, arithmetic, gpu.launch_s)
     if copied:
         one += sum(max(2 * n / gpu.bytes_per_s, gpu.launch_s) for n in (moved_in, moved_out))
@@ -107,7 +109,7 @@ def _products(element_bytes: int, gpu: Gpu, tf32: bool) -> tuple[float, float]:
     """Multiply-adds a second: ours, the library's."""
     if element_bytes == 2:
         return gpu.product, gpu.library_product
-    return gpu.float32, gpu.library_tf32 if tf32 else gpu.float32
+    return (gpu.product / 2, gpu.library_tf32) if tf32 else (gpu.float32, gpu.float32)
 
 
 def gpu_of(device: torch.device) -> Gpu:

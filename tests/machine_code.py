@@ -35,6 +35,7 @@ COLUMNS = (
     "bytes_in_flight",
 )  # fmt: skip
 ELEMENTS = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
+PRODUCTS = ELEMENTS | {"tf32": "tf32"}
 
 
 class Unavailable(RuntimeError):
@@ -186,22 +187,40 @@ def dynamic_shared() -> dict[tuple[str, str], int]:
             most[key] = max(most.get(key, 0), _cuda.facts_of_call(*call).shared_bytes)
             _cuda.force_variant("")
     layers = (ROOT / "benchmarks/shapes/mobilenet_v1_blocks.csv").read_text().splitlines()[1:]
-    for line, dtype, batch in itertools.product(layers, ELEMENTS, (1, 256)):
+    for line, element, batch in itertools.product(layers, PRODUCTS, (1, 256)):
         c, h, w, kernel, stride, outputs, _ = map(int, line.split(","))
+        dtype, tf32 = ("float32", True) if element == "tf32" else (element, False)
         block = [batch, c, h, w], dtype, [c, 1, kernel, kernel], outputs, [stride], [kernel // 2]
+        block += ([1], tf32)
         for variant in _cuda.facts_of_separable_call(*block).able:
             _cuda.force_separable_variant(variant)
             nbytes = _cuda.facts_of_separable_call(*block).shared_bytes
             if nbytes <= LEAST_GRANTED:  # else sm_80 takes another variant
-                key = variant, ELEMENTS[dtype]
+                key = variant, PRODUCTS[element]
                 most[key] = max(most.get(key, 0), nbytes)
             _cuda.force_separable_variant("")
+    layers = (ROOT / "benchmarks/shapes/mobilenet_v2_dense.csv").read_text().splitlines()[1:]
+    for line, element, batch in itertools.product(layers, PRODUCTS, (1, 256)):
+        c, h, w, kernel, stride, outputs, _ = map(int, line.split(","))
+        dtype, tf32 = ("float32", True) if element == "tf32" else (element, False)
+        conv = [batch, c, h, w], dtype, [outputs, c, kernel, kernel], [stride], [kernel // 2]
+        conv += ([1], tf32)
+        for variant in _cuda.facts_of_conv_call(*conv).able:
+            _cuda.force_conv_variant(variant)
+            nbytes = _cuda.facts_of_conv_call(*conv).shared_bytes
+            if nbytes <= LEAST_GRANTED:  # else sm_80 lets weights pass by
+                key = variant, PRODUCTS[element]
+                most[key] = max(most.get(key, 0), nbytes)
+            _cuda.force_conv_variant("")
     return most
 
 
 def _variant(kernel: str) -> tuple[str, str]:
-    """(variant, element) of dwconv_VARIANT<ELEMENT, ...> or separable_conv_kernel<ELEMENT, ...>."""
+    """(variant, element) of dwconv_VARIANT<ELEMENT, ...>, separable_conv_kernel<ELEMENT, ...> or
+    conv_bn_act_kernel<ELEMENT, ...>."""
     if match := re.match(r"separable_conv_kernel<(\w+), Separable(\w+?)(\d+)>", kernel):
+        return f"{match[2].lower()}_{match[3]}", match[1]
+    if match := re.match(r"conv_bn_act_kernel<(\w+), Conv(\w+?)(\d+)>", kernel):
         return f"{match[2].lower()}_{match[3]}", match[1]
     match = re.match(r"dwconv_(\w+)<(\w+)", kernel)
     return match.groups() if match else (kernel, "")

@@ -16,6 +16,8 @@ ROUNDING = {
     torch.float64: 2.0**-53, torch.float32: 2.0**-24,
     torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8,
 }  # fmt: skip
+#: Of a factor rounded to TF32, which keeps 10 bits of mantissa.
+TF32_ROUNDING = 2.0**-11
 #: Half of the smallest number: below the normal range rounding is absolute.
 SMALLEST = {
     torch.float64: 0.0, torch.float32: 2.0**-150,

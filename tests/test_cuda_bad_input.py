@@ -33,7 +33,7 @@ def training() -> dict:
 
 @pytest.mark.parametrize("name", [
     "dwconv_bn_act", "dwconv_bn_act_backward", "dwconv_bn_act_training",
-    "dwconv_bn_act_training_backward",
+    "dwconv_bn_act_training_backward", "separable_conv", "conv_bn_act",
 ])  # fmt: skip
 def test_is_registered(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mnet_kernels::{name}", "CUDA")
@@ -87,3 +87,27 @@ def test_what_only_the_backward_of_training_takes(change, sentence):
     given = given | {"mean": torch.ones(4), "var": torch.ones(4)} | change
     with pytest.raises(RuntimeError, match="^dwconv_bn_act_training_backward: " + sentence):
         call("dwconv_bn_act_training_backward", given, eps=1e-5, data=True, sums=True)
+
+
+CONV = [
+    ({"x": torch.randn(4, 8, 8)}, "x: expected 4 dimensions"),
+    ({"weight": torch.randn(6, 3, 3, 3)}, r"weight: expected shape \(C_out, 4, Kh, Kw\)"),
+    ({"weight": torch.randn(6, 4, 3, 3).bfloat16()}, "weight: expected x's dtype float32"),
+    ({"scale": torch.ones(4)}, r"scale: expected shape \(6,\), one value an output channel"),
+    ({"shift": torch.ones(6).half()}, r"shift: expected float32 \(x is float32\), got float16"),
+    ({"x": torch.randn(2, 4, 8, 8).double(), "weight": torch.randn(6, 4, 3, 3).double(),
+      "scale": None, "shift": None},
+     "x: expected float32, float16 or bfloat16 on a GPU, got float64"),
+    ({"stride": 0}, "stride: expected positive"),
+    ({"activation": "tanh"}, "activation: expected one of identity, .*, got 'tanh'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change,sentence", CONV, ids=[sentence for _, sentence in CONV])
+def test_a_dense_convolution(change, sentence):
+    given = {"x": torch.randn(2, 4, 8, 8), "weight": torch.randn(6, 4, 3, 3)}
+    given |= {"scale": torch.ones(6), "shift": torch.ones(6)}
+    given = {name: change.get(name, t) for name, t in given.items()}
+    others = {name: value for name, value in change.items() if name in CONSTANTS}
+    with pytest.raises(RuntimeError, match="^conv_bn_act: " + sentence):
+        call("conv_bn_act", given, **others)

@@ -13,7 +13,11 @@ from emulation.separable import Separable, separable
 from mnet_kernels.reference import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+#: What the tensors hold, and whether products are TF32's.
+every_product = pytest.mark.parametrize(
+    "dtype,tf32", [*((d, False) for d in DTYPES), (torch.float32, True)],
+    ids=["float32", "float16", "bfloat16", "tf32"],
+)  # fmt: skip
 #: Elements of either size; float16 and bfloat16 differ in conversion and instruction only.
 both_sizes = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"]
@@ -55,10 +59,10 @@ CASES = [
 ]
 
 
-@every_dtype
+@every_product
 @pytest.mark.parametrize("shape,outputs,kernel,constants", CASES, ids=str)
-def test_edges(dtype, shape, outputs, kernel, constants):
-    variants = check(separable(shape, outputs, kernel, dtype=dtype, **constants))
+def test_edges(dtype, tf32, shape, outputs, kernel, constants):
+    variants = check(separable(shape, outputs, kernel, dtype=dtype, tf32=tf32, **constants))
     assert variants == blocks.names(emulator())
 
 
@@ -246,6 +250,29 @@ def test_a_matrix_instruction(sanitizer, rows):
     """By its definition; what is not copied is zeros."""
     product("bfloat16", sanitizer, rows)
     product("float16", sanitizer, rows)
+
+
+def test_a_matrix_instruction_of_tf32():
+    """Exactly the product of factors that were rounded to 10 bits, ties away from zero."""
+    a, b = torch.randn(16, 8), torch.randn(8, 8)
+    a[0, :4] = torch.tensor([1 + 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-23, 2 - 2**-23])
+    b[0, :4] = 1
+    y = torch.empty(2, 16, 8)
+    emulator().run(
+        "product", "tf32", numbers={"rows": 0}, inputs={"a": a, "b": b}, outputs={"y": y}
+    )
+
+    def rounded(t):
+        return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
+
+    assert rounded(a)[0, :4].tolist() == [1 + 2**-10, -1 - 2**-10, 1, 2]
+    expected = (rounded(a) @ rounded(b).T).float()
+    torch.testing.assert_close(y, expected.expand(2, 16, 8), rtol=0, atol=0)
+    with pytest.raises(EmulationError, match="not rounded to TF32"):
+        emulator().run(
+            "product", "not_rounded", numbers={"rows": 0}, inputs={"a": a, "b": b},
+            outputs={"y": y},
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ["missing_wait", "missing_commit"])

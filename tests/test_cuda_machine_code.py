@@ -53,15 +53,34 @@ def test_passes_over_x_load_as_wide_as_their_vectors(kernels):
 
 
 def test_separable_conv_is_on_the_tensor_cores(kernels):
-    """Matrix instructions fed by matrix loads for 16-bit elements, plain multiply-adds for float32;
-    weights by asynchronous copies, x by loads and y by stores of 16 bytes."""
+    """Matrix instructions fed by matrix loads for 16-bit elements and TF32, plain multiply-adds for
+    float32; weights by asynchronous copies, x by loads and y by stores of 16 bytes."""
     found = [k for k in kernels if k.name.startswith("separable_conv_kernel<")]
-    assert len(found) == 3 * 4 * len(machine_code.ARCHITECTURES)
+    assert len(found) == 4 * 4 * len(machine_code.ARCHITECTURES)
     for kernel in found:
         products, loads, copies = kernel.matrix
         assert (products > 0) == (loads > 0) == ("<float," not in kernel.name), kernel
         assert copies > 0, kernel
         assert kernel.load_bytes == kernel.store_bytes == 16, kernel
+
+
+def test_conv_bn_act_is_on_the_tensor_cores(kernels):
+    """Likewise; x comes by asynchronous copies too, element by element where its channels are few,
+    and y goes by stores of 16 bytes."""
+    found = [k for k in kernels if k.name.startswith("conv_bn_act_kernel<")]
+    assert len(found) == 4 * 3 * len(machine_code.ARCHITECTURES)
+    for kernel in found:
+        products, loads, copies = kernel.matrix
+        assert (products > 0) == (loads > 0) == ("<float," not in kernel.name), kernel
+        # Of x's rows, of its vectors, of weights.
+        assert copies >= 3, kernel
+        assert kernel.store_bytes == 16, kernel
+
+
+def test_small_blocks_of_conv_bn_act_are_many(kernels):
+    """tile_64 waits for memory: several blocks a multiprocessor make up for it."""
+    found = [k for k in kernels if "ConvTile64" in k.name and k.architecture >= 90]
+    assert found and all(k.blocks_per_sm >= 4 for k in found), found
 
 
 def test_enough_bytes_are_in_flight(kernels):

@@ -54,7 +54,7 @@ def run(s: Separable, **changed: Tensor | None) -> Tensor:
     } | changed  # fmt: skip
     activation = s.depthwise.constants.get("activation", "relu")
     return torch.ops.mnet_kernels.separable_conv(
-        *tensors.values(), *lists(s), activation, s.pw_activation, s.slope
+        *tensors.values(), *lists(s), activation, s.pw_activation, s.slope, s.tf32
     )
 
 
@@ -98,6 +98,35 @@ def test_edges(force, dtype, kernel, constants):
             ),
             force,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel,constants", ANY, ids=str)
+def test_tf32(force, kernel, constants):
+    """Within its own bound, and it is TF32: not what plain multiply-adds make of it."""
+    for number, (shape, outputs) in enumerate(SHAPES):
+        s = separable(
+            shape, outputs, kernel, device="cuda", residual=number % 2 == 1, tf32=True, **constants
+        )
+        check_every_kernel(s, force)
+        fast, s.tf32 = run(s), False
+        assert fast.numel() < 1000 or not torch.equal(fast, run(s))
+
+
+def test_cudnns_flag_decides():
+    from mnet_kernels import separable_conv
+
+    s = separable((2, 64, 14, 14), 64, padding=1, device="cuda")
+    p = s.depthwise
+    ways = []
+    for allowed in (False, True):
+        with torch.backends.cudnn.flags(allow_tf32=allowed):
+            ways.append(separable_conv(
+                p.x, p.weight, p.scale, p.shift, s.pw_weight, s.pw_scale, s.pw_shift, padding=1,
+                backend="cuda",
+            ))  # fmt: skip
+        s.tf32 = allowed
+        assert torch.equal(ways[-1], run(s))
+    assert not torch.equal(*ways)
 
 
 @every_dtype

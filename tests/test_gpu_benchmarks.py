@@ -69,7 +69,7 @@ def gpu(monkeypatch):
     for name in ("memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: 0)
     yield gpu, gpu_measure, gpu_training
-    for module in ("gpu", "gpu_measure", "gpu_table", "gpu_training"):
+    for module in [name for name in sys.modules if name.split("_")[0] == "gpu"]:
         sys.modules.pop(module, None)
 
 
@@ -188,3 +188,30 @@ def test_every_row_of_the_plans_is_a_call(gpu):
         for model in ("mobilenet_v1", "mobilenet_v3_large") for batch in (1, 32, 256)
         for dtype in ("float32", "bfloat16", "float16")
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["separable", "conv"])
+def test_fused_operators(gpu, monkeypatch, which):
+    """The rows of gpu_separable and gpu_conv; conv_bn_act is native's here."""
+    gpu, _, _ = gpu
+    import gpu_conv
+    import gpu_separable
+
+    def conv_bn_act(x, weight, scale, shift, stride, padding, dilation, activation, slope):
+        return ops.conv_bn_act(
+            x, weight, scale, shift, stride=stride[0], padding=padding[0], activation=activation,
+            backend="native",
+        )  # fmt: skip
+
+    monkeypatch.setattr(gpu_conv, "_conv_bn_act", conv_bn_act)
+    module = {"separable": gpu_separable, "conv": gpu_conv}[which]
+    assert all(len(arguments) == 4 for arguments in module.plan())
+    with torch.no_grad():
+        row = module.row((8, 12, 12, 3, 2, 16, 1), 2, "float32", ())
+    ours = {name for name in row["error"] if name.startswith("ours")}
+    assert {"ours", *(f"ours, {v}" for v in row["kernel"]["able"])} <= ours
+    assert row["multiply_adds"] == 2 * 16 * 36 * (8 if which == "separable" else 72)
+    stage = {which: {"passed": True, "rows": [row]}}
+    table = gpu.table({"environment": FACTS, "stages": stage})
+    (line,) = [line for line in table.splitlines() if line.startswith("| 8, 12, 3, 2, 16")]
+    assert "| WRONG |" not in line

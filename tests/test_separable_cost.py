@@ -40,9 +40,15 @@ def test_copies_into_another_layout_do_not_pay():
     assert not any(pays(block, 256, 2, 9, copied=True) for block in BLOCKS)
 
 
-def test_tf32_makes_the_library_faster_and_more_taps_the_depthwise_half_slower():
+def test_tf32_makes_both_faster_and_more_taps_the_depthwise_half_slower():
     wide = BLOCKS[8]
     assert pays(wide, 256, 4, 9) and not pays(wide, 256, 4, 9, tf32=True)
+    for block in BLOCKS:
+        plain, fast = (
+            seconds(*arguments(block, 256), 4, GPUS[9], tf32=tf32) for tf32 in (False, True)
+        )
+        assert fast[0] <= plain[0] and fast[1] <= plain[1]
+    assert all(pays(block, 256, 4, 9, tf32=True) for block in BLOCKS[:4])
     few, many = (seconds(*arguments(BLOCKS[0], 256), 4, GPUS[9], taps=n)[0] for n in (9, 49))
     assert many > 2 * few
 

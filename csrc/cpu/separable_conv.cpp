@@ -20,7 +20,8 @@ Tensor separable_conv(Tensor x, Tensor dw_weight, std::optional<Tensor> dw_scale
                       std::optional<Tensor> pw_scale, std::optional<Tensor> pw_shift,
                       std::optional<Tensor> residual, std::vector<int64_t> stride,
                       std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                      std::string dw_activation, std::string pw_activation, double slope) {
+                      std::string dw_activation, std::string pw_activation, double slope,
+                      bool /*tf32*/) {
   constexpr const char* kOp = "separable_conv";
   const TensorFacts facts = facts_of(x);
   const auto [p, q] = checked_separable(

@@ -43,6 +43,14 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("facts_of_separable_call", &mnet::cuda::facts_of_separable_call, py::arg("x"),
         py::arg("dtype"), py::arg("dw_weight"), py::arg("outputs"),
         py::arg("stride") = std::vector<int64_t>{1}, py::arg("padding") = std::vector<int64_t>{0},
-        py::arg("dilation") = std::vector<int64_t>{1},
+        py::arg("dilation") = std::vector<int64_t>{1}, py::arg("tf32") = false,
         "What separable_conv on channels_last tensors of these shapes would start.");
+  m.def("conv_variants", &mnet::cuda::conv_variants, "conv_bn_act's kernels by name.");
+  m.def("force_conv_variant", &mnet::cuda::force_conv_variant, py::arg("name"),
+        "Use this kernel of conv_bn_act from now on; \"\" chooses again.");
+  m.def("facts_of_conv_call", &mnet::cuda::facts_of_conv_call, py::arg("x"), py::arg("dtype"),
+        py::arg("weight"), py::arg("stride") = std::vector<int64_t>{1},
+        py::arg("padding") = std::vector<int64_t>{0}, py::arg("dilation") = std::vector<int64_t>{1},
+        py::arg("tf32") = false,
+        "What conv_bn_act on channels_last tensors of these shapes would start.");
 }

@@ -37,6 +37,14 @@ CallFacts facts_of_separable_call(const std::vector<int64_t>& x, const std::stri
                                   const std::vector<int64_t>& dw_weight, int64_t outputs,
                                   const std::vector<int64_t>& stride,
                                   const std::vector<int64_t>& padding,
-                                  const std::vector<int64_t>& dilation);
+                                  const std::vector<int64_t>& dilation, bool tf32);
+
+// The same of conv_bn_act.
+std::vector<std::string> conv_variants();
+void force_conv_variant(const std::string& name);
+CallFacts facts_of_conv_call(const std::vector<int64_t>& x, const std::string& dtype,
+                             const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
+                             const std::vector<int64_t>& padding,
+                             const std::vector<int64_t>& dilation, bool tf32);
 
 }  // namespace mnet::cuda

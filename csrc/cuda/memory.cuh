@@ -142,4 +142,27 @@ __device__ __forceinline__ Vector<Element, V> narrow(const float (&values)[V]) {
   return vector;
 }
 
+// Elements as they are, apart and joined.
+template <typename Element, int V>
+__device__ __forceinline__ Vector<Element, 1> element(const Vector<Element, V>& vector, int v) {
+  if constexpr (sizeof(Element) == 2 && V > 1)
+    return {{static_cast<uint16_t>(vector.pair[v / 2] >> (v % 2 * 16))}};
+  else
+    return {{vector.lane[v]}};
+}
+
+template <typename Element, std::size_t V>
+__device__ __forceinline__ Vector<Element, V> join(const Vector<Element, 1> (&elements)[V]) {
+  Vector<Element, V> vector;
+#pragma unroll
+  for (int v = 0; v < static_cast<int>(V); ++v) {
+    if constexpr (sizeof(Element) == 4)
+      vector.lane[v] = elements[v].lane[0];
+    else if (v % 2 == 0)
+      vector.pair[v / 2] =
+          elements[v].lane[0].bits | static_cast<uint32_t>(elements[v + 1].lane[0].bits) << 16;
+  }
+  return vector;
+}
+
 }  // namespace mnet::cuda

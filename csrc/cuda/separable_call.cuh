@@ -9,7 +9,7 @@
 
 #include "divisor.cuh"
 #include "dwconv_channels_last.cuh"
-#include "mma.cuh"
+#include "product.cuh"
 
 namespace mnet::cuda {
 
@@ -23,6 +23,7 @@ struct SeparableCall {
   int64_t K;
   Activation pw_activation;
   int multiprocessors, shared_limit;  // of the device; bytes that a block may have
+  bool tf32;                          // float32 products may be tf32's
 };
 
 // How the depthwise half is computed. `three` and `vectors` move 16 bytes of channels at a time.
@@ -48,45 +49,18 @@ struct SeparablePlan {
   bool small;                       // pixels can be divided by Divisor
 };
 
-inline constexpr int kSlabBytes = 128, kSlabVectors = 8;  // of a row, in shared memory
-
-// A tile of pixels by output channels. Warps stand in a grid, WM x WN x WK: each multiplies 16 * MI
-// pixels by 32 channels, over a WK-th of every chunk. A chunk is `kSlabs` slabs of 128 bytes of
-// each row.
 template <int MI, int WM, int WN, int WK, int Stages, bool Stream, int Blocks>
-struct SeparableTile {
-  static constexpr int kMI = MI, kWM = WM, kWN = WN, kWK = WK, kStages = Stages, kBlocks = Blocks;
-  static constexpr int kNI = 4;  // matrices of 8 channels a warp has: a quad of lanes swaps four
+struct SeparableTile : ProductTile<MI, WM, WN, WK, Stages> {
+  using Product = ProductTile<MI, WM, WN, WK, Stages>;
   static constexpr bool kStream = Stream;
-  static constexpr int kThreads = 32 * WM * WN * WK;
-  static constexpr int kPixels = 16 * MI * WM, kChannels = 8 * kNI * WN;
-  static constexpr int kSlabs = WK > 4 ? WK / 4 : 1;
-  static constexpr int kSteps = 4 * kSlabs;  // of 32 bytes: one matrix instruction deep
-  static constexpr int kVectors = kSlabVectors * kSlabs;
-  static constexpr int kMiddleBytes = kSlabs * kPixels * kSlabBytes;
-  static constexpr int kWeightBytes = kSlabs * kChannels * kSlabBytes;
-  static constexpr int kPlaceBytes = 16 * kPixels;
-  static constexpr int kSums = 4 * MI * kNI;  // of a thread
-  static constexpr int kPartBytes = WK > 1 ? 2 * kThreads * kSums : 0;
-  // A thread of the depthwise half has one vector of channels, and every kApart-th pixel.
-  static constexpr int kApart = kThreads / kVectors, kRows = kPixels / kApart;
-  static_assert(kThreads % kVectors == 0 && kPixels % kApart == 0 && kChannels % kApart == 0);
-  static_assert(kApart % kSlabVectors == 0);  // rows so far apart are swizzled alike
-  static_assert(WK == 1 || kSteps % WK == 0);
+  static constexpr int kBlocks = Blocks;
+  static constexpr int kPlaceBytes = 16 * Product::kPixels;
 
   static int64_t shared_bytes(int64_t slots) {
-    return kPlaceBytes + slots * kMiddleBytes + kStages * kWeightBytes + kPartBytes;
+    return kPlaceBytes + slots * Product::kPixelBytes + Stages * Product::kWeightBytes +
+           Product::kPartBytes;
   }
 };
-
-// Where vector `vector` (16 bytes) of a row lies in a chunk of `rows` rows. Vectors of a slab
-// change places by the row, so that 8 rows of one vector, as matrix loads want them, and 8 vectors
-// of one row are both in different banks.
-template <int Rows>
-__device__ __forceinline__ int swizzled(int row, int vector) {
-  return (vector / kSlabVectors * Rows + row) * kSlabBytes +
-         ((vector % kSlabVectors) ^ (row % kSlabVectors)) * 16;
-}
 
 // Output pixel (n, oh, ow) of a row of the tile; n is -1 where there is none.
 struct SeparablePlace {
@@ -147,10 +121,11 @@ Depthwise depthwise_of(const SeparableCall& call, int64_t strip) {
   const DwconvCall& dw = call.depthwise;
   const int64_t height = std::max(dw.H, (dw.OH - 1) * dw.SH + dw.KH * dw.DH);
   const int64_t width = std::max(dw.W, (dw.OW - 1) * dw.SW + dw.KW * dw.DW);
-  const bool vectors =
-      dw.multiplier == 1 && dw.C * element_bytes(dw) % 16 == 0 && aligned(dw.x, 16) &&
-      aligned(dw.weight, 16) && aligned(dw.scale, 16) && aligned(dw.shift, 16) &&
-      fit_int32({height, width, height * width, height * width * dw.C, dw.KH * dw.KW * dw.C});
+  const bool vectors = dw.multiplier == 1 && dw.C * element_bytes(dw) % 16 == 0 &&
+                       aligned(dw.x, 16) && aligned(dw.weight, 16) && aligned(dw.scale, 16) &&
+                       aligned(dw.shift, 16) &&
+                       fit_int32({height, width, dw.top, dw.left, height * width,
+                                  height * width * dw.C, dw.KH * dw.KW * dw.C});
   if (!vectors) return Depthwise::scalars;
   if (dw.KH != 3 || dw.KW != 3) return Depthwise::vectors;
   const bool neighbours = Tile::kRows % 2 == 0 && dw.SW == 1 && dw.DW == 1 && strip % 2 == 0;

@@ -20,7 +20,9 @@ void launch(const Launcher& launcher, const char* variant, const SeparableCall& 
     switch (call.depthwise.dtype) {
       case DType::float16: return launch_separable_float16(launcher, variant, call);
       case DType::bfloat16: return launch_separable_bfloat16(launcher, variant, call);
-      default: return launch_separable_float32(launcher, variant, call);
+      default:
+        return (call.tf32 ? launch_separable_tf32 : launch_separable_float32)(launcher, variant,
+                                                                              call);
     }
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(check::join(kOp, ": ", error.what(), " (kernel ", variant, ")"));
@@ -28,7 +30,8 @@ void launch(const Launcher& launcher, const char* variant, const SeparableCall& 
 }
 
 // All but the pointers.
-SeparableCall separable_call_of(const SeparableProblem& problem, const DeviceLimits& limits) {
+SeparableCall separable_call_of(const SeparableProblem& problem, const DeviceLimits& limits,
+                                bool tf32) {
   check_dtype(kOp, problem.depthwise);
   SeparableCall call{};
   call.depthwise = call_of(problem.depthwise, true);
@@ -36,6 +39,7 @@ SeparableCall separable_call_of(const SeparableProblem& problem, const DeviceLim
   call.pw_activation = problem.pointwise.activation;
   call.multiprocessors = limits.multiprocessors;
   call.shared_limit = limits.shared_bytes;
+  call.tf32 = tf32;
   return call;
 }
 
@@ -46,7 +50,8 @@ Tensor separable_conv(Tensor x, Tensor dw_weight, std::optional<Tensor> dw_scale
                       std::optional<Tensor> pw_scale, std::optional<Tensor> pw_shift,
                       std::optional<Tensor> residual, std::vector<int64_t> stride,
                       std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                      std::string dw_activation, std::string pw_activation, double slope) {
+                      std::string dw_activation, std::string pw_activation, double slope,
+                      bool tf32) {
   const TensorFacts facts = mnet::facts_of(x);
   const SeparableProblem problem = checked_separable(
       kOp,
@@ -55,7 +60,7 @@ Tensor separable_conv(Tensor x, Tensor dw_weight, std::optional<Tensor> dw_scale
        mnet::facts_of(residual)},
       std::move(stride), std::move(padding), std::move(dilation), std::move(dw_activation),
       std::move(pw_activation), slope);
-  SeparableCall call = separable_call_of(problem, limits_of(facts.device_index));
+  SeparableCall call = separable_call_of(problem, limits_of(facts.device_index), tf32);
   const DwconvCall& dw = call.depthwise;
   const torch::stable::accelerator::DeviceGuard guard(facts.device_index);
   const Layout layout = layout_of(x);
@@ -91,13 +96,14 @@ CallFacts facts_of_separable_call(const std::vector<int64_t>& x, const std::stri
                                   const std::vector<int64_t>& dw_weight, int64_t outputs,
                                   const std::vector<int64_t>& stride,
                                   const std::vector<int64_t>& padding,
-                                  const std::vector<int64_t>& dilation) {
+                                  const std::vector<int64_t>& dilation, bool tf32) {
   const std::vector<int64_t> pw_weight{outputs, dw_weight.empty() ? 0 : dw_weight[0], 1, 1};
   SeparableTensors t;
   t.x = facts_of(x, dtype), t.dw_weight = facts_of(dw_weight, dtype);
   t.pw_weight = facts_of(pw_weight, dtype);
-  const SeparableCall call = separable_call_of(
-      checked_separable(kOp, t, stride, padding, dilation, "relu6", "relu6", 0), limits_of(0));
+  const SeparableCall call =
+      separable_call_of(checked_separable(kOp, t, stride, padding, dilation, "relu6", "relu6", 0),
+                        limits_of(0), tf32);
   return facts_of_variant<SeparableVariants>(forced.or_chosen(call), call, launch);
 }
 

@@ -1,4 +1,5 @@
-// separable_conv's kernels, to be called by name. A dtype is a source file, so that they compile
+// separable_conv's kernels, to be called by name. A dtype (tf32: float32's other products)
+// is a source file, so that they compile
 // side by side.
 #pragma once
 
@@ -11,6 +12,8 @@ namespace mnet::cuda {
 
 void launch_separable_float32(const Launcher& launcher, std::string_view variant,
                               const SeparableCall& call);
+void launch_separable_tf32(const Launcher& launcher, std::string_view variant,
+                           const SeparableCall& call);
 void launch_separable_float16(const Launcher& launcher, std::string_view variant,
                               const SeparableCall& call);
 void launch_separable_bfloat16(const Launcher& launcher, std::string_view variant,

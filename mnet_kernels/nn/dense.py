@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mnet_kernels.nn.server import FOLDED
+from mnet_kernels.registration import may_use_tf32
 from mnet_kernels.separable_cost import conv_seconds, gpu_of
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def _estimate(conv: FusedConv2d, x: Tensor, copied: bool) -> tuple[float, float]
         gpu_of(x.device),
         taps=kernel_height * kernel_width,
         activation=conv.fusion.activation != "identity",
-        tf32=torch.backends.cudnn.allow_tf32,
+        tf32=may_use_tf32(),
         copied=copied,
     )
 

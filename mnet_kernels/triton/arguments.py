@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mnet_kernels.registration import explicit_padding, layout_of, pair
+from mnet_kernels.registration import explicit_padding, layout_of, may_use_tf32, pair
 from mnet_kernels.triton import tuning
 
 #: In the operators' schemas, behind the tensors.
@@ -27,8 +27,7 @@ def precision() -> str:
     """What float32 products may lose: as for native's convolutions, which follow cuDNN's flag."""
     if torch.version.hip is not None:
         return "ieee"
-    allowed = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if allowed == "tf32" else "ieee"
+    return "tf32" if may_use_tf32() else "ieee"
 
 
 def check(

@@ -16,15 +16,9 @@ std::string run(const emulation::Request& r) {
   return variant;
 }
 
-std::string join(const std::vector<const char*>& names) {
-  std::string all;
-  for (const char* name : names) all += (all.empty() ? "" : " ") + std::string(name);
-  return all;
-}
-
-std::string names(const emulation::Request&) { return join(DwconvVariants::names()); }
+std::string names(const emulation::Request&) { return emulation::joined(DwconvVariants::names()); }
 std::string able(const emulation::Request& r) {
-  return join(DwconvVariants::able(call_of_request(r)));
+  return emulation::joined(DwconvVariants::able(call_of_request(r)));
 }
 std::string chosen(const emulation::Request& r) { return choose(call_of_request(r)); }
 

@@ -13,8 +13,8 @@ from mnet_kernels.reference import ACTIVATIONS
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def sizes(p: Problem) -> dict[str, float]:
-    """The call's numbers, by the checks that every backend shares."""
+def sizes(p: Problem, op: str = "dwconv_bn_act", groups: int = 0) -> dict[str, float]:
+    """The call's numbers, by the checks that every backend shares; groups: 0 for depthwise."""
 
     def pair(value) -> tuple[int, int]:
         return (value, value) if isinstance(value, int) else tuple(value)
@@ -22,10 +22,8 @@ def sizes(p: Problem) -> dict[str, float]:
     c = {"stride": 1, "padding": 0, "dilation": 1, "activation": "relu", "slope": 0.01}
     c |= p.constants
     padding = () if c["padding"] == "same" else c["padding"]
-    constants = (c["stride"], padding, c["dilation"], 0, c["activation"], c["slope"])
-    oh, ow, top, left, _, _ = torch.ops.mnet_kernels.check_conv(
-        "dwconv_bn_act", *p.tensors, *constants
-    )
+    constants = (c["stride"], padding, c["dilation"], groups, c["activation"], c["slope"])
+    oh, ow, top, left, _, _ = torch.ops.mnet_kernels.check_conv(op, *p.tensors, *constants)
     (n, channels, h, w), (k, _, kh, kw) = p.x.shape, p.weight.shape
     (sh, sw), (dh, dw) = pair(c["stride"]), pair(c["dilation"])
     return {

@@ -1,5 +1,5 @@
 // The matrix instructions and asynchronous copies of csrc/cuda/mma.cuh, by the PTX ISA's
-// definitions ("ldmatrix", "mma.m16n8k16", "cp.async").
+// definitions ("ldmatrix", "mma.m16n8k16", "mma.m16n8k8", "cvt.rna.tf32", "cp.async").
 #pragma once
 
 #include "emulation.h"
@@ -36,8 +36,21 @@ inline void load_matrices(const void* row, uint32_t (&result)[4], int line) {
                 reinterpret_cast<const char*>(all.of[8 * matrix + lane / 4][0]) + lane % 4 * 4, 4);
 }
 
-// Products are exact in float64; how a GPU rounds within the sum of 16 is not documented.
-template <typename Widen>
+inline uint32_t round_to_tf32(uint32_t word) {
+  if ((word & 0x7fffffffu) > 0x7f800000u) return 0x7fffe000u;  // NaN
+  return (word + 0x1000u) & 0xffffe000u;  // on to infinity, where it is beyond the largest
+}
+
+inline float float_of_tf32(uint32_t word) {
+  if (word & 0x1fffu) throw std::runtime_error("an operand that is not rounded to TF32");
+  float value;
+  std::memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+// Products are exact in float64; how a GPU rounds within the sum of 16, or of 8 where a word holds
+// one element, is not documented.
+template <int InWord, typename Widen>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Widen&& widen,
                   int line) {
   const uint64_t mine[] = {a[0], a[1], a[2], a[3], b0, b1};
@@ -46,12 +59,12 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   for (int i = 0; i < 4; ++i) {
     const int column = 2 * t + i % 2;
     double total = sum[i];
-    for (int k = 0; k < 16; ++k) {
-      const int pair = k % 8 / 2, half = k / 8;
-      const uint64_t of_a = all.of[4 * g + pair][i / 2 + 2 * half];
-      const uint64_t of_b = all.of[4 * column + pair][4 + half];
-      total += static_cast<double>(widen(static_cast<uint32_t>(of_a), k % 2)) *
-               widen(static_cast<uint32_t>(of_b), k % 2);
+    for (int k = 0; k < 8 * InWord; ++k) {
+      const int lane_of = k % (4 * InWord) / InWord, half = k / (4 * InWord);
+      const uint64_t of_a = all.of[4 * g + lane_of][i / 2 + 2 * half];
+      const uint64_t of_b = all.of[4 * column + lane_of][4 + half];
+      total += static_cast<double>(widen(static_cast<uint32_t>(of_a), k % InWord)) *
+               widen(static_cast<uint32_t>(of_b), k % InWord);
     }
     sum[i] = static_cast<float>(total);
   }

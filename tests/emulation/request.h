@@ -59,6 +59,12 @@ using Operation = std::string (*)(const Request&);
 
 std::map<std::string, Operation>& operations();
 
+inline std::string joined(const std::vector<const char*>& names) {
+  std::string all;
+  for (const char* name : names) all += (all.empty() ? "" : " ") + std::string(name);
+  return all;
+}
+
 // At namespace scope of an operation's file: `static Registration _("name", function);`.
 struct Registration {
   Registration(const char* name, Operation operation) { operations()[name] = operation; }

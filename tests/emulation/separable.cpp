@@ -29,6 +29,7 @@ SeparableCall call_of_request(const emulation::Request& r) {
   call.pw_activation = static_cast<Activation>(r.integer("pw_activation"));
   call.multiprocessors = static_cast<int>(r.integer("multiprocessors"));
   call.shared_limit = static_cast<int>(r.integer("shared_limit"));
+  call.tf32 = r.integer("tf32") != 0;
   return call;
 }
 
@@ -36,21 +37,20 @@ SeparableCall call_of_request(const emulation::Request& r) {
 std::string run(const emulation::Request& r) {
   const SeparableCall call = call_of_request(r);
   const std::string variant = r.variant == "auto" ? choose(call) : r.variant;
-  with_element(call.depthwise.dtype, [&](auto element) {
-    SeparableVariants::launch<decltype(element)>(r.launcher, variant, call);
-  });
+  if (call.tf32)
+    SeparableVariants::launch<tf32>(r.launcher, variant, call);
+  else
+    with_element(call.depthwise.dtype, [&](auto element) {
+      SeparableVariants::launch<decltype(element)>(r.launcher, variant, call);
+    });
   return variant;
 }
 
-std::string join(const std::vector<const char*>& names) {
-  std::string all;
-  for (const char* name : names) all += (all.empty() ? "" : " ") + std::string(name);
-  return all;
+std::string names(const emulation::Request&) {
+  return emulation::joined(SeparableVariants::names());
 }
-
-std::string names(const emulation::Request&) { return join(SeparableVariants::names()); }
 std::string able(const emulation::Request& r) {
-  return join(SeparableVariants::able(call_of_request(r)));
+  return emulation::joined(SeparableVariants::able(call_of_request(r)));
 }
 std::string chosen(const emulation::Request& r) { return choose(call_of_request(r)); }
 

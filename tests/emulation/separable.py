@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from emulation import dwconv
 from emulation.emulator import Answer, Emulator
-from rulers import ROUNDING, SMALLEST, Problem
+from rulers import ROUNDING, SMALLEST, TF32_ROUNDING, Problem
 from torch import Tensor
 
 from mnet_kernels.reference import ACTIVATIONS
@@ -29,6 +29,7 @@ class Separable:
     pw_shift: Tensor | None
     residual: Tensor | None = None
     pw_activation: str = "relu"
+    tf32: bool = False  # whether factors of the product may be rounded to TF32
 
     @property
     def slope(self) -> float:
@@ -36,8 +37,9 @@ class Separable:
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """The result in float64, and the error allowed of each element: that of the depthwise half
-        (rulers.tolerance, which ends with its rounding) goes through the product, then come one
-        rounding a term of its sum and of the epilogue, and one to the dtype."""
+        (rulers.tolerance, which ends with its rounding) goes through the product, then come for
+        TF32 one rounding of each factor, one a term of its sum and of the epilogue, and one to the
+        dtype."""
         middle, magnitude = rulers.reference(self.depthwise)
         middle_error = rulers.tolerance(self.depthwise, middle, magnitude)
         weight = self.pw_weight.cpu().double()
@@ -50,6 +52,8 @@ class Separable:
         exact = ACTIVATIONS[self.pw_activation](z, self.slope) + residual
         terms = F.conv2d(middle.abs() + middle_error, weight.abs()) * abs(scale) + abs(shift)
         error = F.conv2d(middle_error, weight.abs()) * abs(scale)
+        if self.tf32:
+            error = error + ((1 + TF32_ROUNDING) ** 2 - 1) * terms
         error = error + (weight.shape[1] + 8) * ROUNDING[torch.float32] * terms
         error = 1.5 * error + 8 * ROUNDING[torch.float32] * (exact.abs() + abs(residual))
         dtype = self.pw_weight.dtype
@@ -69,7 +73,7 @@ class Separable:
 def separable(
     shape=(2, 16, 9, 11), outputs=24, kernel=(3, 3), *, multiplier=1, dtype=torch.float32,
     affine=True, residual=False, dw_activation="relu", pw_activation="relu", device="cpu",
-    margin=1024, channels_last=True, **constants,
+    margin=1024, channels_last=True, tf32=False, **constants,
 ) -> Separable:  # fmt: skip
     """Random tensors for a call, x as in rulers.problem."""
     p = rulers.problem(
@@ -88,7 +92,7 @@ def separable(
         p, random(outputs, middle, 1, 1) / middle**0.5,
         (torch.rand(outputs) + 0.5).to(device) if affine else None,
         torch.randn(outputs).to(device) if affine else None,
-        more, pw_activation,
+        more, pw_activation, tf32,
     )  # fmt: skip
 
 
@@ -98,7 +102,8 @@ def numbers(s: Separable, multiprocessors=MULTIPROCESSORS, shared_limit=SHARED_L
     sizes["middle"], sizes["K"] = sizes["K"], s.pw_weight.shape[0]
     sizes["dw_activation"] = sizes.pop("activation")
     sizes["pw_activation"] = list(ACTIVATIONS).index(s.pw_activation)
-    return sizes | {"multiprocessors": multiprocessors, "shared_limit": shared_limit}
+    sizes |= {"multiprocessors": multiprocessors, "shared_limit": shared_limit}
+    return sizes | {"tf32": int(s.tf32)}
 
 
 def _inputs(s: Separable) -> dict[str, Tensor | None]:
