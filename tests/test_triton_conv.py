@@ -64,6 +64,7 @@ CASES = [
     ((1, 17, 6, 6), 16, (1, 1), {"padding": (1, 0, 2, 1)}),
     ((1, 33, 7, 9), 128, (2, 4), {}),
     ((4, 5, 1, 1), 1, (1, 1), {"activation": "hardsigmoid"}),
+    ((35, 72, 1, 1), 40, (1, 1), {"activation": "relu"}),
 ]
 
 
@@ -131,6 +132,19 @@ def test_offsets_of_64_bits():
     inner = Dense(*p.tensors, {"padding": (0, 2, 0, 2), "stride": (4, 1)})
     torch.testing.assert_close(y[:, :, 2:3], inner.run())
     assert torch.equal(y[:, :, 0], p.shift.relu().view(1, 3, 1).expand(1, 3, 8))
+
+
+def test_planes_of_one_pixel_are_read_along_their_channels(monkeypatch):
+    from mnet_kernels.triton import tuning
+
+    seen, real = [], tuning.dense
+    monkeypatch.setattr(
+        tuning, "dense", lambda *args, **c: seen.append(c["CHANNELS_LAST"]) or real(*args, **c)
+    )
+    dense((3, 8, 1, 1), 4).run()
+    dense((3, 8, 1, 1), 4, padding=1).run()
+    dense((3, 8, 1, 2), 4).run()
+    assert seen == [True, False, False]
 
 
 @both_layouts

@@ -68,7 +68,7 @@ def _conv(
     at = _numbers(pid // BLOCKS, PIXELS, P)
     k = _numbers(pid % BLOCKS, BLOCK_K, Q)  # the blocks of channels of the same pixels follow
     n, oh, ow = at // (OH * OW), at // OW % OH, at % OW
-    exists, k_exists = at < N * OH * OW, k < K
+    exists, k_exists = n < N, k < K
     h, w = oh * SH - TOP, ow * SW - LEFT
     x_ptr += pixel(n, 0, h, w, C, H, W, CHANNELS_LAST)
     w_ptr += k * (TAPS * C)
@@ -110,12 +110,14 @@ def conv_bn_act(x, weight, scale, shift, stride, padding, dilation, activation, 
         return y
     call = arguments.Convolution(x, weight, y, stride, padding, dilation)
     K, pixels = y.shape[1], y.numel() // y.shape[1]
-    constants = call.constants | {
-        "K": K, "PADDED": call.padded, "PRECISION": arguments.precision(),
-    }  # fmt: skip
     sizes = call.sizes
     if weight.shape[2:] == (1, 1) and tuple(pair(stride)) == (1, 1) and not call.padded:
         sizes = (x.shape[0], *(1, x.shape[2] * x.shape[3]) * 2)  # a plane is one long row
+    constants = call.constants | {
+        "K": K, "PADDED": call.padded, "PRECISION": arguments.precision(),
+        # Of planes of one pixel, as heads and gates have them, both layouts are the same.
+        "CHANNELS_LAST": call.constants["CHANNELS_LAST"] or max(sizes[1:]) == 1,
+    }  # fmt: skip
 
     def grid(meta):
         return (arguments.cdiv(pixels, meta["PIXELS"]) * arguments.cdiv(K, meta["BLOCK_K"]),)
