@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mnet_kernels import _cuda
 from mnet_kernels.fold import fold
+from mnet_kernels.registration import may_use_tf32
 
 _conv_bn_act = torch.ops.mnet_kernels.conv_bn_act.default
 
@@ -33,12 +34,15 @@ def ours(module: nn.Sequential, dtype: torch.dtype) -> dict[str, Layer]:
     conv, bn, _ = module
     affine = fold(dtype, None, bn)
 
-    def one_pass(x: Tensor) -> Tensor:
+    def one_pass(x: Tensor, tf32: bool) -> Tensor:
         return _conv_bn_act(
-            x, conv.weight, *affine, list(conv.stride), list(conv.padding), [1], "relu6", 0.0
+            x, conv.weight, *affine, list(conv.stride), list(conv.padding), [1], "relu6", 0.0, tf32
         )
 
-    return {"ours": one_pass}
+    ways: dict[str, Layer] = {"ours": partial(one_pass, tf32=may_use_tf32())}
+    if dtype == torch.float32:
+        ways["ours, without TF32"] = partial(one_pass, tf32=False)
+    return ways
 
 
 def native(module: nn.Sequential) -> dict[str, Layer]:

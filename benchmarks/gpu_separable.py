@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mnet_kernels import _cuda, backends, ops
 from mnet_kernels.fold import fold
+from mnet_kernels.registration import may_use_tf32
 
 _separable_conv = torch.ops.mnet_kernels.separable_conv.default
 
@@ -43,10 +44,10 @@ def ours(module: nn.Sequential, dtype: torch.dtype) -> dict[str, Layer]:
     stride, padding = conv_dw.stride[0], conv_dw.padding[0]
     folded = fuse_conv_bn_eval(conv_pw, bn_pw).to(memory_format=LAST)
 
-    def one_pass(x: Tensor) -> Tensor:
+    def one_pass(x: Tensor, tf32: bool) -> Tensor:
         return _separable_conv(
             x, conv_dw.weight, *dw_affine, conv_pw.weight, *pw_affine, None, [stride], [padding],
-            [1], "relu6", "relu6", 0.0,
+            [1], "relu6", "relu6", 0.0, tf32,
         )  # fmt: skip
 
     def triton(x: Tensor) -> Tensor:
@@ -64,7 +65,11 @@ def ours(module: nn.Sequential, dtype: torch.dtype) -> dict[str, Layer]:
         )  # fmt: skip
         return F.relu6(folded(middle), inplace=True)
 
-    ways: dict[str, Layer] = {"ours": one_pass, "ours in two passes": two_passes}
+    ways: dict[str, Layer] = {
+        "ours": partial(one_pass, tf32=may_use_tf32()), "ours in two passes": two_passes
+    }  # fmt: skip
+    if dtype == torch.float32:
+        ways["ours, without TF32"] = partial(one_pass, tf32=False)
     if backends.why_not("triton", device="cuda", dtype=dtype) is None:
         ways["ours, triton"] = triton
     return ways

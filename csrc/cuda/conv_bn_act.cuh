@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::template blocks<Element>
   // Chunks of patches and weights arrive kStages - 1 ahead.
   int coming_tile = first_tile, coming_chunk = 0, coming_stage = 0;
   const auto request = [&] {
-    const int thread = thread_anew();
+    const int thread = anew(static_cast<int>(threadIdx.x));
     if (coming_tile < plan.pixel_tiles) {
       const ConvLane lane = conv_lane<Tile>(plan, thread);
       const int64_t first = static_cast<int64_t>(coming_tile) * Tile::kPixels;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::template blocks<Element>
     }
     const int left = plan.depth - chunk * (kStep * Tile::kSteps);
     const int steps = left < kStep * Tile::kSteps ? (left + kStep - 1) / kStep : Tile::kSteps;
-    const int thread = thread_anew();
+    const int thread = anew(static_cast<int>(threadIdx.x));
     if (works)
       multiply_chunk<Element, Tile>(
           thread, patches + stage * Tile::kPixelBytes,

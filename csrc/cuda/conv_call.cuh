@@ -95,8 +95,10 @@ ConvPlan conv_plan(const ConvCall& call) {
   plan.small = fit_int32({plan.pixels});
   const int64_t pixel_tiles = divide_up(plan.pixels, Tile::kPixels);
   plan.pixel_tiles = static_cast<int>(pixel_tiles);
-  if (!fit_int32({height, width, conv.top, conv.left, depth, conv.K, pixel_tiles}))
-    throw std::runtime_error("rows, columns, channels or tiles of pixels beyond 32 bits");
+  const bool fits = fit_int32({height, width, conv.top, conv.left, depth, conv.K, pixel_tiles});
+  // Single elements are found by 32-bit offsets in an image.
+  if (!fits || (plan.gather == Gather::elements && !fit_int32({height * width * conv.C})))
+    throw std::runtime_error("rows, columns, channels, an image or tiles of pixels beyond 32 bits");
   plan.tiles = static_cast<int>(divide_up(conv.K, Tile::kChannels));
   plan.depth = static_cast<int>(depth);
   plan.chunks = static_cast<int>(divide_up(depth * bytes, Tile::kSlabs * kSlabBytes));

@@ -74,17 +74,6 @@ __device__ __forceinline__ ConvWindow load_window(const unsigned char* windows, 
           static_cast<int>(words.lane[2]), static_cast<int>(words.lane[3])};
 }
 
-// A vector's or an element's place in every window.
-struct ConvTap {
-  int dh, dw;
-  int64_t at;  // elements from the window's first
-
-  __device__ __forceinline__ bool inside(const DwconvCall& conv, const ConvWindow& window) const {
-    return static_cast<unsigned>(window.ih + dh) < static_cast<unsigned>(conv.H) &&
-           static_cast<unsigned>(window.iw + dw) < static_cast<unsigned>(conv.W);
-  }
-};
-
 template <typename Element, typename Tile>
 __device__ __forceinline__ void gather_rows(const ConvLane& lane, const DwconvCall& conv,
                                             const ConvPlan& plan, int64_t first, int chunk,
@@ -110,51 +99,74 @@ __device__ __forceinline__ void gather_vectors(const ConvLane& lane, const Dwcon
   uint32_t kh = chunk * Tile::kVectors + lane.vector;
   const bool exists = static_cast<int>(kh) * V < plan.depth;
   const uint32_t c = plan.channels.divide(kh) * V, kw = plan.kernel_columns.divide(kh);
-  ConvTap tap{static_cast<int>(kh) * static_cast<int>(conv.DH),
-              static_cast<int>(kw) * static_cast<int>(conv.DW), 0};
-  tap.at = (tap.dh * conv.W + tap.dw) * conv.C + c;
+  const int dh = static_cast<int>(kh) * static_cast<int>(conv.DH);
+  const int dw = static_cast<int>(kw) * static_cast<int>(conv.DW);
+  const int64_t at = (dh * conv.W + dw) * conv.C + c;
   const auto* x = static_cast<const Element*>(conv.x);
   to += swizzled<Tile::kPixels>(lane.row, lane.vector);
 #pragma unroll
   for (int r = 0; r < Tile::kRows; ++r) {
     if (lane.row + r * lane.apart >= Tile::kPixels) break;
     const ConvWindow window = load_window(windows, lane.row + r * lane.apart);
-    const bool inside = exists && tap.inside(conv, window);
-    copy_async(to + r * lane.apart * kSlabBytes, inside ? x + window.at + tap.at : x, inside);
+    const bool inside = exists &&
+                        static_cast<unsigned>(window.ih + dh) < static_cast<unsigned>(conv.H) &&
+                        static_cast<unsigned>(window.iw + dw) < static_cast<unsigned>(conv.W);
+    copy_async(to + r * lane.apart * kSlabBytes, inside ? x + window.at + at : x, inside);
   }
 }
 
-// Neighbours of the depth are neighbours in a row of x until a row of taps ends or, with a
-// dilation, a tap.
+// Two rows at a time. In a row of x, neighbours of the depth are neighbours until a row of taps
+// ends; of a dilated kernel, until a tap ends.
 template <typename Element, typename Tile>
 __device__ __forceinline__ void gather_elements(const ConvLane& lane, const DwconvCall& conv,
                                                 const ConvPlan& plan, const unsigned char* windows,
                                                 int chunk, unsigned char* to) {
-  constexpr int V = 16 / sizeof(Element);
-  const int first = (chunk * Tile::kVectors + lane.vector) * V, W = conv.W, C = conv.C;
-  const int DH = conv.DH, DW = conv.DW, KW = conv.KW;
-  uint32_t kh = first;
-  const int first_c = static_cast<int>(plan.channels.divide(kh));
-  const int first_kw = static_cast<int>(plan.kernel_columns.divide(kh));
+  constexpr int V = 16 / sizeof(Element), kTogether = Tile::kRows > 1 ? 2 : 1;
+  const int first = (chunk * Tile::kVectors + lane.vector) * V, C = conv.C, DH = conv.DH;
+  const int H = conv.H, width = conv.W * C, DW = conv.DW;  // in elements, as all columns are here
+  const int gap = (DW - 1) * C, end = static_cast<int>(conv.KW) * DW * C;
+  const int next_row = DH * width - end;
 #pragma unroll 1
-  for (int row = lane.row; row < Tile::kPixels; row += lane.apart) {
-    const ConvWindow window = load_window(windows, row);
-    const auto* x = static_cast<const Element*>(conv.x) + window.at;
-    int c = first_c, kw = first_kw;
-    ConvTap tap{static_cast<int>(kh) * DH, kw * DW, 0};
-    tap.at = (static_cast<int64_t>(tap.dh) * W + tap.dw) * C + c;
-    Vector<Element, 1> values[V];
+  for (int row = lane.row; row < Tile::kPixels; row += kTogether * lane.apart) {
+    const Element* x[kTogether];
+    int ih[kTogether], iw[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const bool exists = row + i * lane.apart < Tile::kPixels;
+      const ConvWindow window = load_window(windows, exists ? row + i * lane.apart : row);
+      x[i] = anew(static_cast<const Element*>(conv.x) + window.at);
+      ih[i] = window.ih, iw[i] = window.iw * C;
+    }
+    uint32_t kh = anew(first);
+    int c = static_cast<int>(plan.channels.divide(kh));
+    int column = static_cast<int>(plan.kernel_columns.divide(kh)) * (DW * C) + c;
+    int dh = static_cast<int>(kh) * DH, at = dh * width + column;
+    Vector<Element, 1> values[kTogether][V];
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      values[v] = load<1>(x + tap.at, first + v < plan.depth && tap.inside(conv, window));
-      ++tap.at;
-      if (++c < C) continue;
-      c = 0, tap.dw += DW;
-      if (++kw == KW) kw = 0, tap.dw = 0, tap.dh += DH;
-      tap.at = (static_cast<int64_t>(tap.dh) * W + tap.dw) * C;
+      // Without a branch.
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+        values[i][v] = load<1>(
+            x[i] + at, (first + v < plan.depth) &
+                           (static_cast<unsigned>(ih[i] + dh) < static_cast<unsigned>(H)) &
+                           (static_cast<unsigned>(iw[i] + column) < static_cast<unsigned>(width)));
+      ++column, ++at;
+      const bool ends_tap = ++c == C;
+      c = ends_tap ? 0 : c;
+      column += ends_tap ? gap : 0;
+      at += ends_tap ? gap : 0;
+      const bool ends_row = column == end;
+      column = ends_row ? 0 : column;
+      dh += ends_row ? DH : 0;
+      at += ends_row ? next_row : 0;
     }
-    auto* place = to + swizzled<Tile::kPixels>(row, lane.vector);
-    store_shared(reinterpret_cast<Element*>(place), join(values));
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      auto* place = to + swizzled<Tile::kPixels>(row, lane.vector) + i * lane.apart * kSlabBytes;
+      store_shared(reinterpret_cast<Element*>(place), join(values[i]),
+                   row + i * lane.apart < Tile::kPixels);
+    }
   }
 }
 

@@ -53,14 +53,21 @@ struct ProductOutputs {
   float slope;
 };
 
-// threadIdx.x, so that what is computed of it is computed anew: registers are shorter than cycles
-// where a loop's phases each have their own places of a thread.
-__device__ __forceinline__ int thread_anew() {
-  int thread = static_cast<int>(threadIdx.x);
+// A value that the compiler takes for a new one: what is computed of it is computed where it is
+// used, not kept in registers, which are shorter than cycles, from before a loop.
+__device__ __forceinline__ int anew(int value) {
 #ifdef __CUDACC__
-  asm volatile("" : "+r"(thread));
+  asm volatile("" : "+r"(value));
 #endif
-  return thread;
+  return value;
+}
+
+template <typename T>
+__device__ __forceinline__ const T* anew(const T* pointer) {
+#ifdef __CUDACC__
+  asm volatile("" : "+l"(pointer));
+#endif
+  return pointer;
 }
 
 // Starts copying a tile of weights, `channels` from n on and one chunk deep, to shared memory;

@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(Tile::kThreads, kSeparableBlocks<Tile>)
     for (; chunk >= plan.chunks; chunk -= plan.chunks) ++tile;
     if (stage >= kStages) stage -= kStages;
     if (tile < last)
-      request_weights<Memory, Tile>(thread_anew(), call.pw_weight, call.K, dw.K, plan.wide_weights,
+      request_weights<Memory, Tile>(anew(static_cast<int>(threadIdx.x)), call.pw_weight, call.K,
+                                    dw.K, plan.wide_weights,
                                     static_cast<int64_t>(tile) * Tile::kChannels, chunk,
                                     weights + stage * Tile::kWeightBytes);
     commit_copies();
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kSeparableBlocks<Tile>)
                                       weights + stage * Tile::kWeightBytes, steps, sum);
       if (++stage == kStages) stage = 0;
     }
-    const int thread = thread_anew();
+    const int thread = anew(static_cast<int>(threadIdx.x));
     if constexpr (Tile::kWK > 1) add_parts<Tile>(thread, parts, sum);
     if (works && threadIdx.x < Tile::kThreads / Tile::kWK)
       store_outputs<Memory, Tile, true>(
