@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from mnet_kernels.backends import TRITON_INTERPRETED
+from mnet_kernels.gpu_cost import gpu_of, seconds
 from mnet_kernels.nn import FusedConv2d, in_functorch, is_depthwise
 from mnet_kernels.plan import Stage
 from mnet_kernels.reference import ACTIVATIONS
 from mnet_kernels.registration import layout_of, may_use_tf32
 from mnet_kernels.separable import separable_conv, why_composed
-from mnet_kernels.separable_cost import gpu_of, seconds
 
 
 def why_apart(dw: FusedConv2d, pw: FusedConv2d, x: Tensor) -> str | None:
@@ -75,7 +75,7 @@ class Decision:
 
 class Blocks:
     """The stages of a run one by one, but pairs in one pass where the cost model says that this
-    pays (separable_cost.py), or ``fusion.pair`` of the depthwise convolution does."""
+    pays (gpu_cost.py), or ``fusion.pair`` of the depthwise convolution does."""
 
     def __init__(self, stages: Sequence[Stage], modules: Sequence[nn.Module | None]) -> None:
         self.stages, self.modules = stages, modules

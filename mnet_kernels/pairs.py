@@ -1,6 +1,6 @@
 """Depthwise + 1x1 pairs inside a run: which go in one pass, why, and which way is faster here.
 
-The cost model is csrc/cpu/pair.cpp's pair_cost, for a GPU separable_cost.py. It can be overruled,
+The cost model is csrc/cpu/pair.cpp's pair_cost, for a GPU gpu_cost.py. It can be overruled,
 for all pairs by ``swap(model, pairs=...)`` and for one by its depthwise convolution's
 ``fusion.pair``.
 """

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mnet_kernels.gpu_cost import conv_seconds, gpu_of
 from mnet_kernels.nn.server import FOLDED
 from mnet_kernels.registration import may_use_tf32
-from mnet_kernels.separable_cost import conv_seconds, gpu_of
 
 if TYPE_CHECKING:
     from mnet_kernels.nn.fused import FusedConv2d

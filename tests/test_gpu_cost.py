@@ -1,10 +1,10 @@
-"""The paper model of mnet_kernels/separable_cost.py says what its docstring says."""
+"""The paper model of mnet_kernels/gpu_cost.py says what its docstring says."""
 
 from __future__ import annotations
 
 import pytest
 
-from mnet_kernels.separable_cost import GPUS, seconds
+from mnet_kernels.gpu_cost import GPUS, seconds
 
 #: channels, height and width, stride, outputs: MobileNet V1's blocks.
 BLOCKS = [

@@ -1,11 +1,12 @@
-"""When one pass over a separable block pays on a GPU: a model on paper, for where nothing was
-measured.
+"""When one kernel pays on a GPU, of a separable block and of a dense convolution: a model on paper,
+for where nothing was measured.
 
-Two passes move the middle tensor out to memory and back, and start two kernels. One pass saves
+A dense convolution in one kernel saves the activation's trip to memory and its start. Of a block,
+two passes move the middle tensor out to memory and back, and start two kernels; one pass saves
 both, but computes the depthwise half beside the product, again for every split of the output
-channels (csrc/cuda/separable_variants.cuh), and multiplies with ``mma.sync``, where a library may
-have faster instructions. So it pays where memory is the limit (large planes, few channels) and at
-small batches, where a kernel's start is; not where wide products are on a GPU whose library
+channels (csrc/cuda/separable_variants.cuh). Our kernels multiply with ``mma.sync``, where a library
+may have faster instructions. So both pay where memory is the limit (large planes, few channels) and
+at small batches, where a kernel's start is; not where wide products are on a GPU whose library
 multiplies twice as fast.
 
 The figures of :data:`GPUS` are data sheets' and others' measurements, none of ours: time both where
