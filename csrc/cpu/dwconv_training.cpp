@@ -57,14 +57,20 @@ struct Training {
     constexpr int64_t kPixels = 1024, kBlocks = 8, kRows = 8;
     const int64_t pixels = p.OH * p.OW, threads = torch::stable::get_num_threads();
     call.images = std::clamp<int64_t>(kPixels / pixels, 1, p.N);
+    const int64_t groups = (p.N + call.images - 1) / call.images;
+    call.images = (p.N + groups - 1) / groups;  // as many in each
     call.bands = 1;
     if (fast && pixels > kPixels)
       call.bands = gradients ? std::clamp<int64_t>(p.H / kRows, 1, (kBlocks + p.N - 1) / p.N)
                              : std::min(p.OH, (pixels + kPixels - 1) / kPixels);
     call.channel_chunk = 1, call.channel_chunks = p.C;
-    if (fast) {  // cut where there are few blocks for the threads
-      const int64_t unit = 2 * kernels.width, wanted = (2 * threads + blocks() - 1) / blocks();
-      const int64_t chunks = threads == 1 ? 1 : std::clamp<int64_t>(p.K / unit, 1, wanted);
+    if (fast) {  // cut where there are few blocks for the threads, or scratch leaves the caches
+      constexpr int64_t kCache = 512 << 10;
+      const int64_t unit = 2 * kernels.width;
+      call.channel_chunk = p.K, call.channel_chunks = 1;
+      const int64_t fitting = (kernels.dwconv_training_scratch(call) + kCache - 1) / kCache;
+      const int64_t sharing = threads == 1 ? 1 : (2 * threads + blocks() - 1) / blocks();
+      const int64_t chunks = std::min(std::max(fitting, sharing), std::max<int64_t>(p.K / unit, 1));
       call.channel_chunk = std::max<int64_t>(p.K / chunks / unit, 1) * unit;
       call.channel_chunks = std::max<int64_t>(p.K / call.channel_chunk, 1);
     }
