@@ -6,6 +6,7 @@
 // below the other do not share a cache set.
 struct TrainingScratch {
   static constexpr int kOverhang = 7;  // columns that the last tile of a row may read past it
+  static constexpr int64_t kMostRows = 8;
   static constexpr int64_t kSums = 4;  // two sums over a block, and what rounding took from them
   int64_t pitch;                       // a pixel
   int64_t step, ring;            // input rows whose gradient is computed at a time; rows of a ring
@@ -16,7 +17,7 @@ struct TrainingScratch {
       : pitch(((channels + 15) / 16 | 1) * 16) {
     constexpr int64_t kColumns = 28;  // for which taps had better stay in registers
     step = kColumns / call.W;
-    step = step < 2 ? 2 : step;
+    step = step < 2 ? 2 : step < kMostRows ? step : kMostRows;
     step = step < call.H ? step : call.H;
     ring = step + call.KH - 1;
     const int64_t read = (call.OW - 1) * call.SW, reach = (call.left + call.W) / call.SW;

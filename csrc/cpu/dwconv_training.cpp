@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../tensor.h"
@@ -96,16 +97,17 @@ void write_dweight(const Problem& p, const std::vector<double>& sums, void* to) 
   using torch::headeronly::BFloat16;
   using torch::headeronly::Half;
   const int64_t taps = p.KH * p.KW;
-  for (int64_t k = 0; k < p.K; ++k)
-    for (int64_t t = 0; t < taps; ++t) {
-      const auto sum = static_cast<Acc>(sums[static_cast<std::size_t>(t * p.K + k)]);
-      const int64_t at = k * taps + t;
-      switch (p.dtype) {
-        case DType::bfloat16: static_cast<BFloat16*>(to)[at] = static_cast<BFloat16>(sum); break;
-        case DType::float16: static_cast<Half*>(to)[at] = static_cast<Half>(sum); break;
-        default: static_cast<Acc*>(to)[at] = sum;
-      }
-    }
+  auto write = [&](auto* out) {
+    const double* sum = sums.data();
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t k = 0; k < p.K; ++k)
+        out[k * taps + t] = static_cast<std::decay_t<decltype(*out)>>(static_cast<Acc>(*sum++));
+  };
+  switch (p.dtype) {
+    case DType::bfloat16: return write(static_cast<BFloat16*>(to));
+    case DType::float16: return write(static_cast<Half*>(to));
+    default: return write(static_cast<Acc*>(to));
+  }
 }
 
 // x's layout as the kernels take it.
@@ -187,12 +189,14 @@ Tensor forward(const Problem& p, const Tensor& x, const Tensor& weight, const Op
   std::vector<Acc> gamma_memory, beta_memory;
   const Acc* factor = per_channel<Acc>(gamma, p.K, Acc(1), gamma_memory);
   const Acc* offset = per_channel<Acc>(beta, p.K, Acc(0), beta_memory);
+  Acc *means = values<Acc>(mean), *vars = values<Acc>(var);
+  Acc *scales = values<Acc>(scale), *shifts = values<Acc>(shift);
   for (std::size_t k = 0; k < K; ++k) {
     const double slope = factor[k] / std::sqrt(exact.var[k] + eps);
-    values<Acc>(mean)[k] = static_cast<Acc>(exact.mean[k]);
-    values<Acc>(var)[k] = static_cast<Acc>(exact.var[k]);
-    values<Acc>(scale)[k] = static_cast<Acc>(slope);
-    values<Acc>(shift)[k] = static_cast<Acc>(offset[k] - exact.mean[k] * slope);
+    means[k] = static_cast<Acc>(exact.mean[k]);
+    vars[k] = static_cast<Acc>(exact.var[k]);
+    scales[k] = static_cast<Acc>(slope);
+    shifts[k] = static_cast<Acc>(offset[k] - exact.mean[k] * slope);
   }
   return dwconv_bn_act(x, weight, scale, shift, args.stride, args.padding, args.dilation,
                        args.activation, args.slope);

@@ -23,8 +23,9 @@ struct TrainingRows : StagedRows {
     for (int kh = 0; kh < K; ++kh) row[kh] = x_row(ih + kh);
     const int64_t tiles = (call.OW + T - 1) / T * ((channels + V - 1) / V);
     Ahead x_ahead = ahead_of(call.x, (n * call.H + staged) * call.W, S * call.W, tiles);
-    Ahead dy_ahead =
-        reads_dy ? ahead_of(call.dy, (n * call.OH + oh + 1) * call.OW, call.OW, tiles) : Ahead{};
+    Ahead dy_ahead = reads_dy && !direct
+                         ? ahead_of(call.dy, (n * call.OH + oh + 1) * call.OW, call.OW, tiles)
+                         : Ahead{};
     for (int64_t v = 0; v < channels; v += V) {
       auto state = begin(v);
       for (int64_t ow = 0; ow < call.OW; ow += T) {
@@ -142,10 +143,12 @@ struct TrainingRows : StagedRows {
                                                            const Each& each) const {
     const Vec m = load(mean + v), factor = load(scale + v), offset = load(shift + v);
     const float* from = dy.first + ow * dy.step + v;
+    const bool asks = direct && call.prefetch;
     if (bounds.exact) {
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
         if (t >= count) continue;
+        if (asks) __builtin_prefetch(from + (t + call.OW) * dy.step, 0, 2);  // the pixel below
         const Vec centred = conv[t] - m, z = centred * factor + offset;
         each(t, activate_backward<float>(bounds, z, load(from + t * dy.step)), centred);
       }
@@ -214,47 +217,72 @@ struct TrainingRows : StagedRows {
     Vec weight[kTapRows][K], sum[kTapRows][K];
   };
 
-  // Of column q * S + R of the scratch, rows First, First + S, ... of taps: what they add to dx and
-  // to the taps' gradients.
+  // Of a column q * S + R of the scratch, rows First, First + S, ... of taps: what they add to dx
+  // and to the taps' gradients; d: at column q - (K - 1).
   template <int R, int First>
-  inline __attribute__((always_inline)) Vec column(int64_t q, Vec x, const float* const* d,
-                                                   Taps& taps, Vec dx) const {
+  inline __attribute__((always_inline)) Vec column(Vec x, const float* const* d, Taps& taps,
+                                                   Vec dx) const {
 #pragma GCC unroll 3
     for (int kh = First; kh < kTapRows; kh += S)
 #pragma GCC unroll 5
       for (int kw = R; kw < K; kw += S) {
-        const Vec g = load(d[kh] + (q + (K - 1) - kw / S) * pitch);
+        const Vec g = load(d[kh] + (K - 1 - kw / S) * pitch);
         dx += g * taps.weight[kh][kw];
         taps.sum[kh][kw] += g * x;
       }
     return dx;
   }
 
+  // An input row: by row of taps, the gradient of the convolution that it meets.
+  struct Meeting {
+    const float* d[K];
+    const float* x;
+    int64_t phase;
+  };
+  Meeting meeting(int64_t ih) const {
+    Meeting row;
+    row.x = x_row(ih) + call.left * pitch;
+    row.phase = (ih + call.top) % S;
+    for (int kh = 0; kh < K; ++kh) {
+      const int64_t scaled = ih + call.top - kh, oh = scaled / S;
+      row.d[kh] =
+          (scaled >= 0 && oh < call.OH ? d_rows + oh % size.ring * size.d_columns * pitch : zeros) +
+          call.left / S * pitch;
+    }
+    return row;
+  }
+
   // A row of dx, from what there is `before` or nothing.
   template <int First>
-  inline __attribute__((always_inline)) void dx_row(const float* const* d, const float* x,
+  inline __attribute__((always_inline)) void dx_row(const float* const* rows, const float* x,
                                                     Taps& taps, const float* before, float* to,
                                                     int64_t to_pixel, bool asks) const {
-    int64_t j = call.left;
-    const int64_t end = call.left + call.W;
+    const float* d[kTapRows];
+#pragma GCC unroll 3
+    for (int i = 0; i < kTapRows; ++i) d[i] = rows[i];
     auto one = [&](auto r) __attribute__((always_inline)) {
+      constexpr int R = decltype(r)::value;
       Vec dx = {};
-      if (kTapRows < K && before != nullptr) dx = load(before + (j - call.left) * pitch);
+      if (kTapRows < K && before != nullptr) dx = load(before), before += pitch;
       if (asks) __builtin_prefetch(to + call.W * to_pixel, 1, 2);  // the pixel below
-      store(to, column<decltype(r)::value, First>(j / S, load(x + j * pitch), d, taps, dx));
-      to += to_pixel, ++j;
+      store(to, column<R, First>(load(x), d, taps, dx));
+      to += to_pixel, x += pitch;
+      if (R == S - 1)
+#pragma GCC unroll 3
+        for (int i = 0; i < kTapRows; ++i) d[i] += pitch;
     };
+    int64_t left = call.W;
     if constexpr (S == 2)
-      if (j % 2 == 1) one(Constant<1>{});
-    while (j + S <= end) {
+      if (call.left % 2 == 1) one(Constant<1>{}), --left;
+    for (; left >= S; left -= S) {
       one(Constant<0>{});
       if constexpr (S == 2) one(Constant<1>{});
     }
-    if (j < end) one(Constant<0>{});
+    if (left > 0) one(Constant<0>{});
   }
 
-  // Input rows [begin, end) of a vector of channels: what rows of taps from `kh` on add.
-  void add_taps(int64_t begin, int64_t end, int64_t v, int kh) {
+  // `count` input rows from `begin` on, a vector of channels: what rows of taps from `kh` on add.
+  void add_taps(int64_t begin, int64_t count, const Meeting* rows, int64_t v, int kh) {
     float* const tap = dweight + kh * K * pitch + v;
     Taps taps;
 #pragma GCC unroll 3
@@ -264,29 +292,23 @@ struct TrainingRows : StagedRows {
         taps.weight[i][kw] = load(weight + ((kh + i) * K + kw) * pitch + v);
         taps.sum[i][kw] = load(tap + (i * K + kw) * pitch);
       }
-    for (int64_t ih = begin; ih < end; ++ih) {
-      const int64_t phase = (ih + call.top) % S;
-      if (kTapRows < K && kh % S != phase) continue;
+    const bool here = direct && call.dx != nullptr && kh + kTapRows + S > K;  // dx is complete
+    const bool asks = here && call.prefetch;
+    const int64_t to_pixel = here ? call.C : pitch;
+    for (int64_t i = 0; i < count; ++i) {
+      const Meeting& row = rows[i];
+      if (kTapRows < K && kh % S != row.phase) continue;
       const float* d[kTapRows];
-      for (int i = 0; i < kTapRows; ++i) {
-        const int64_t scaled = ih + call.top - kh - i, oh = scaled / S;
-        d[i] = (scaled >= 0 && oh < call.OH ? d_rows + oh % size.ring * size.d_columns * pitch
-                                            : zeros) +
-               v;
-      }
-      float* line = dx_rows + (ih - begin) * call.W * pitch + v;
-      const float* before = kh < S ? nullptr : line;
-      const bool here = direct && call.dx != nullptr && kh + kTapRows + S > K;  // it is complete
-      float* to = line;
+      for (int j = 0; j < kTapRows; ++j) d[j] = row.d[kh + j] + v;
+      float* to = dx_rows + i * call.W * pitch + v;
+      const float* before = kh < S ? nullptr : to;
       if (here)
-        to = static_cast<float*>(call.dx) + (n * call.H + ih) * call.W * call.C + c_begin + v;
-      const int64_t to_pixel = here ? call.C : pitch;
-      const bool asks = here && call.prefetch;
-      const float* x = x_row(ih) + v;
-      if (kTapRows < K || phase == 0)
-        dx_row<0>(d, x, taps, before, to, to_pixel, asks);
+        to =
+            static_cast<float*>(call.dx) + (n * call.H + begin + i) * call.W * call.C + c_begin + v;
+      if (kTapRows < K || row.phase == 0)
+        dx_row<0>(d, row.x + v, taps, before, to, to_pixel, asks);
       else
-        dx_row<S - 1>(d, x, taps, before, to, to_pixel, asks);
+        dx_row<S - 1>(d, row.x + v, taps, before, to, to_pixel, asks);
     }
 #pragma GCC unroll 3
     for (int i = 0; i < kTapRows; ++i)
@@ -296,8 +318,10 @@ struct TrainingRows : StagedRows {
 
   // Input rows [begin, end): dx, and their share of dweight.
   void input_rows(int64_t begin, int64_t end) {
+    Meeting rows[TrainingScratch::kMostRows];
+    for (int64_t ih = begin; ih < end; ++ih) rows[ih - begin] = meeting(ih);
     for (int64_t v = 0; v < channels; v += V)
-      for (int kh = 0; kh < K; kh += kTapRows) add_taps(begin, end, v, kh);
+      for (int kh = 0; kh < K; kh += kTapRows) add_taps(begin, end - begin, rows, v, kh);
     if (direct || call.dx == nullptr) return;
     for (int64_t ih = begin; ih < end; ++ih) store_row(ih, dx_rows + (ih - begin) * call.W * pitch);
   }
