@@ -81,6 +81,20 @@ def test_activations(instruction_set, channels_last, activation):
 
 @poisoned
 @both_layouts
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_rows_and_columns_of_every_phase(channels_last, kernel, stride):
+    """Whole vectors of channels; every position of the first input pixel among the taps."""
+    for first in range(kernel):
+        p = problem(
+            (3, 32, 9 + first, 14 - first), (kernel, kernel), channels_last=channels_last,
+            stride=stride, padding=(first, kernel - 1 - first, 1, first),
+        )  # fmt: skip
+        assert_correct(p, run(p))
+
+
+@poisoned
+@both_layouts
 @pytest.mark.parametrize("shape", [(3, 17, 40, 37), (1, 16, 70, 33), (70, 8, 4, 5)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_many_blocks_of_pixels(channels_last, shape, threads):

@@ -26,11 +26,12 @@ Acc* values(Tensor& t) {
   return static_cast<Acc*>(t.mutable_data_ptr());
 }
 
-// The sums, [value][K], over blocks whose partials are [value].
+// The sums, [value][K], over blocks (at least one) whose partials are [value].
 template <typename Acc>
 std::vector<double> added_up(const Acc* partials, int64_t blocks, int64_t values) {
-  std::vector<double> total(static_cast<std::size_t>(values));
-  for (int64_t block = 0; block < blocks; ++block)
+  std::vector<double> total(partials, partials + values);
+  partials += values;
+  for (int64_t block = 1; block < blocks; ++block)
     for (double& sum : total) sum += *partials++;
   return total;
 }
@@ -38,10 +39,9 @@ std::vector<double> added_up(const Acc* partials, int64_t blocks, int64_t values
 // Of sums in two numbers, [value][2][K], one.
 inline std::vector<double> joined(const std::vector<double>& pairs, std::size_t K) {
   std::vector<double> sums(pairs.size() / 2);
-  for (std::size_t i = 0; i < sums.size(); ++i) {
-    const std::size_t at = i / K * 2 * K + i % K;
-    sums[i] = pairs[at] + pairs[at + K];
-  }
+  for (std::size_t value = 0; value < sums.size(); value += K)
+    for (std::size_t k = 0; k < K; ++k)
+      sums[value + k] = pairs[2 * value + k] + pairs[2 * value + K + k];
   return sums;
 }
 
@@ -102,9 +102,10 @@ struct NormBackward {
   // The gradients of gamma and beta.
   void write_sums(const std::vector<double>& sums, Tensor& dgamma, Tensor& dbeta) const {
     const std::size_t K = scale.size();
+    Acc *along = values<Acc>(dgamma), *all = values<Acc>(dbeta);
     for (std::size_t k = 0; k < K; ++k) {
-      values<Acc>(dgamma)[k] = static_cast<Acc>(sums[k] * inverse[k]);
-      values<Acc>(dbeta)[k] = static_cast<Acc>(sums[K + k]);
+      along[k] = static_cast<Acc>(sums[k] * inverse[k]);
+      all[k] = static_cast<Acc>(sums[K + k]);
     }
   }
 };

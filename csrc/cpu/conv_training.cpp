@@ -171,9 +171,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_training(Tensor x, Tensor
   }
   std::vector<float> gamma_memory, beta_memory, scale(K);
   const float* factor = per_channel<float>(gamma, p.K, 1.0f, gamma_memory);
+  float *means = values<float>(mean), *vars = values<float>(var);
   for (std::size_t k = 0; k < K; ++k) {
-    values<float>(mean)[k] = static_cast<float>(exact.mean[k]);
-    values<float>(var)[k] = static_cast<float>(exact.var[k]);
+    means[k] = static_cast<float>(exact.mean[k]);
+    vars[k] = static_cast<float>(exact.var[k]);
     scale[k] = static_cast<float>(factor[k] / std::sqrt(exact.var[k] + eps));
   }
   if (p.N == 0) return {y, z, mean, var};

@@ -5,27 +5,29 @@
 // Scratch of a thread, in floats. A pixel takes an odd number of cache lines, so that pixels one
 // below the other do not share a cache set.
 struct TrainingScratch {
-  static constexpr int kOverhang = 7;  // columns that the last tile of a row may reach past it
-  int64_t pitch;                       // a pixel
-  int64_t x_columns, d_columns;        // a row of x, of the gradient of the convolution
-  int64_t dy_columns, dx_columns;
+  static constexpr int kOverhang = 7;  // columns that the last tile of a row may read past it
+  static constexpr int64_t kMostRows = 8;
   static constexpr int64_t kSums = 4;  // two sums over a block, and what rounding took from them
-  int64_t vectors;                     // per-channel vectors
-  int64_t floats;
+  int64_t pitch;                       // a pixel
+  int64_t step, ring;            // input rows whose gradient is computed at a time; rows of a ring
+  int64_t x_columns, d_columns;  // a row of x, of the gradient of the convolution
+  int64_t columns, floats;
 
   TrainingScratch(const DwconvTrainingCall& call, int64_t channels)
-      : pitch(((channels + 15) / 16 | 1) * 16),
-        x_columns((call.OW - 1) * call.SW > call.left + call.W ? (call.OW - 1) * call.SW
-                                                               : call.left + call.W),
-        d_columns(call.OW > (call.left + call.W) / call.SW ? call.OW
-                                                           : (call.left + call.W) / call.SW),
-        vectors(2 * call.KH * call.KW + 5 + 1 + kSums) {
+      : pitch(((channels + 15) / 16 | 1) * 16) {
+    constexpr int64_t kColumns = 28;  // for which taps had better stay in registers
+    step = kColumns / call.W;
+    step = step < 2 ? 2 : step < kMostRows ? step : kMostRows;
+    step = step < call.H ? step : call.H;
+    ring = step + call.KH - 1;
+    const int64_t read = (call.OW - 1) * call.SW, reach = (call.left + call.W) / call.SW;
+    x_columns = read > call.left + call.W ? read : call.left + call.W;
     x_columns += call.SW * kOverhang + call.KW;
-    d_columns += kOverhang + 2 * call.KW;
-    dy_columns = call.OW + kOverhang, dx_columns = call.W + call.SW * kOverhang + 1;
+    d_columns = (call.OW > reach ? call.OW : reach) + 2 * call.KW;
     const int64_t wider = x_columns > d_columns ? x_columns : d_columns;
-    floats =
-        pitch * (vectors + wider + dy_columns + dx_columns + call.KH * (x_columns + d_columns));
+    columns = 2 * call.KH * call.KW + 5 + 1 + kSums + wider + call.OW + step * call.W +
+              ring * (x_columns + d_columns);
+    floats = pitch * columns;
   }
 };
 
@@ -36,23 +38,31 @@ struct StagedRows {
   const DwconvTrainingCall& call;
   const TrainingScratch size;
   const int64_t c_begin, channels, pitch;
+  const bool direct;  // dy and dx are read and written where they are
   float *weight, *scale, *shift, *mean, *linear, *constant;
   float *pivot, *sums;  // of the block
   float* dweight;
-  float *zeros, *dy_row, *dx_line, *x_rows, *d_rows;
+  float *zeros, *dy_row, *dx_rows, *x_rows, *d_rows;
   int64_t n = 0, staged = 0;  // x's rows [.., staged) of image n have been staged
   int64_t reach_h, reach_w;   // input rows and columns that an output reads
 
-  StagedRows(const DwconvTrainingCall& c, int64_t begin, int64_t end, bool d, void* scratch)
-      : call(c), size(c, end - begin), c_begin(begin), channels(end - begin), pitch(size.pitch) {
+  StagedRows(const DwconvTrainingCall& c, int64_t begin, int64_t end, void* scratch)
+      : call(c),
+        size(c, end - begin),
+        c_begin(begin),
+        channels(end - begin),
+        pitch(size.pitch),
+        direct(c.channels_last && c.element == Element::f32 && channels % V == 0) {
     const int64_t K = call.KH;
     auto* next = static_cast<float*>(scratch);
-    // The rows of d come last.
-    const int64_t used = size.floats - (d ? 0 : K * size.d_columns * pitch);
-    for (int64_t i = 0; i < used; ++i) next[i] = 0;
     auto take = [&](int64_t vectors) {
       float* at = next;
       next += vectors * pitch;
+      return at;
+    };
+    auto zeroed = [&](int64_t vectors) {
+      float* at = take(vectors);
+      for (int64_t i = 0; i < vectors * pitch; ++i) at[i] = 0;
       return at;
     };
     auto copied = [&](const void* from, float* to) {
@@ -61,25 +71,35 @@ struct StagedRows {
                          static_cast<std::size_t>(channels) * sizeof(float));
       return to;
     };
-    weight = take(K * K);
+    weight = zeroed(K * K);
     for (int64_t tap = 0; tap < K * K; ++tap)
       copied(static_cast<const float*>(call.weight) + tap * call.K, weight + tap * pitch);
-    scale = copied(call.scale, take(1));
-    shift = copied(call.shift, take(1));
-    mean = copied(call.mean, take(1));
-    linear = copied(call.linear, take(1));
-    constant = copied(call.constant, take(1));
-    pivot = take(1), sums = take(TrainingScratch::kSums);
-    dweight = take(K * K);
-    zeros = take(size.x_columns > size.d_columns ? size.x_columns : size.d_columns);
-    dy_row = take(size.dy_columns);
-    dx_line = take(size.dx_columns);
-    x_rows = take(K * size.x_columns);
-    d_rows = take(K * size.d_columns);
+    scale = copied(call.scale, zeroed(1));
+    shift = copied(call.shift, zeroed(1));
+    mean = copied(call.mean, zeroed(1));
+    linear = copied(call.linear, zeroed(1));
+    constant = copied(call.constant, zeroed(1));
+    pivot = zeroed(1), sums = zeroed(TrainingScratch::kSums);
+    dweight = zeroed(K * K);
+    zeros = zeroed(size.x_columns > size.d_columns ? size.x_columns : size.d_columns);
+    dy_row = take(call.OW);
+    dx_rows = take(size.step * call.W);
+    x_rows = take(size.ring * size.x_columns);
+    d_rows = take(size.ring * size.d_columns);
     reach_h = (call.OH - 1) * call.SH + K - call.top,
     reach_w = (call.OW - 1) * call.SW + K - call.left;
     reach_h = reach_h < call.H ? reach_h : call.H;
     reach_w = reach_w < call.W ? reach_w : call.W;
+    clear_around(x_rows, size.x_columns, call.left, reach_w);
+    clear_around(d_rows, size.d_columns, K - 1, call.OW);
+  }
+
+  // The columns of a ring's rows before the `count` from `first` on, and behind them.
+  void clear_around(float* rows, int64_t columns, int64_t first, int64_t count) const {
+    for (int64_t row = 0; row < size.ring; ++row, rows += columns * pitch) {
+      for (int64_t i = 0; i < first * pitch; ++i) rows[i] = 0;
+      for (int64_t i = (first + count) * pitch; i < columns * pitch; ++i) rows[i] = 0;
+    }
   }
 
   // ---- rows in and out -------------------------------------------------------------------------
@@ -171,7 +191,7 @@ struct StagedRows {
   }
 
   const float* x_row(int64_t ih) const {
-    return ih >= 0 && ih < reach_h ? x_rows + ih % call.KH * size.x_columns * pitch : zeros;
+    return ih >= 0 && ih < reach_h ? x_rows + ih % size.ring * size.x_columns * pitch : zeros;
   }
 
   void stage(int64_t begin, int64_t end) {
@@ -179,16 +199,26 @@ struct StagedRows {
     if (end > reach_h) end = reach_h;
     for (; staged < end; ++staged)
       load_row(call.x, call.H, call.W, staged, reach_w,
-               x_rows + (staged % call.KH * size.x_columns + call.left) * pitch);
+               x_rows + (staged % size.ring * size.x_columns + call.left) * pitch);
   }
 
-  // A slice of a later row, into the second-level cache, while there is something to compute.
-  void foresee(const void* tensor, int64_t pixel, int64_t pixels, int64_t v) const {
-    if (!call.prefetch || !call.channels_last) return;
-    const int64_t bytes = call.element == Element::f32 ? 4 : 2;
-    const int64_t end = v + V < channels ? v + V : channels;
-    const int64_t first = pixels * v / channels, last = pixels * end / channels;
-    prefetch(static_cast<const char*>(tensor) + ((pixel + first) * call.K + c_begin) * bytes,
-             (last - first) * call.K * bytes);
+  // Pixels that are needed later, asked for a few lines at a time while there is something to
+  // compute, into the second-level cache: many at once would fill the queue to memory.
+  struct Ahead {
+    const char* next;
+    int64_t step, bytes, count;
+
+    inline __attribute__((always_inline)) void ask() {
+      for (int64_t i = 0; i < count; ++i, next += step) prefetch(next, bytes);
+    }
+  };
+  // In so many `times`.
+  Ahead ahead_of(const void* tensor, int64_t pixel, int64_t pixels, int64_t times) const {
+    if (!call.prefetch || !call.channels_last) return {};
+    const int64_t bytes = call.element == Element::f32 ? 4 : 2, row = call.K * bytes;
+    const char* from = static_cast<const char*>(tensor) + pixel * row + c_begin * bytes;
+    if (channels < call.K) return {from, row, channels * bytes, (pixels + times - 1) / times};
+    const int64_t lines = (pixels * row + 63) / 64, share = (lines + times - 1) / times * 64;
+    return {from, share, share, 1};
   }
 };

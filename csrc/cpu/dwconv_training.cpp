@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../tensor.h"
@@ -57,14 +58,20 @@ struct Training {
     constexpr int64_t kPixels = 1024, kBlocks = 8, kRows = 8;
     const int64_t pixels = p.OH * p.OW, threads = torch::stable::get_num_threads();
     call.images = std::clamp<int64_t>(kPixels / pixels, 1, p.N);
+    const int64_t groups = (p.N + call.images - 1) / call.images;
+    call.images = (p.N + groups - 1) / groups;  // as many in each
     call.bands = 1;
     if (fast && pixels > kPixels)
       call.bands = gradients ? std::clamp<int64_t>(p.H / kRows, 1, (kBlocks + p.N - 1) / p.N)
                              : std::min(p.OH, (pixels + kPixels - 1) / kPixels);
     call.channel_chunk = 1, call.channel_chunks = p.C;
-    if (fast) {  // cut where there are few blocks for the threads
-      const int64_t unit = 2 * kernels.width, wanted = (2 * threads + blocks() - 1) / blocks();
-      const int64_t chunks = threads == 1 ? 1 : std::clamp<int64_t>(p.K / unit, 1, wanted);
+    if (fast) {  // cut where there are few blocks for the threads, or scratch leaves the caches
+      constexpr int64_t kCache = 512 << 10;
+      const int64_t unit = 2 * kernels.width;
+      call.channel_chunk = p.K, call.channel_chunks = 1;
+      const int64_t fitting = (kernels.dwconv_training_scratch(call) + kCache - 1) / kCache;
+      const int64_t sharing = threads == 1 ? 1 : (2 * threads + blocks() - 1) / blocks();
+      const int64_t chunks = std::min(std::max(fitting, sharing), std::max<int64_t>(p.K / unit, 1));
       call.channel_chunk = std::max<int64_t>(p.K / chunks / unit, 1) * unit;
       call.channel_chunks = std::max<int64_t>(p.K / call.channel_chunk, 1);
     }
@@ -90,16 +97,17 @@ void write_dweight(const Problem& p, const std::vector<double>& sums, void* to) 
   using torch::headeronly::BFloat16;
   using torch::headeronly::Half;
   const int64_t taps = p.KH * p.KW;
-  for (int64_t k = 0; k < p.K; ++k)
-    for (int64_t t = 0; t < taps; ++t) {
-      const auto sum = static_cast<Acc>(sums[static_cast<std::size_t>(t * p.K + k)]);
-      const int64_t at = k * taps + t;
-      switch (p.dtype) {
-        case DType::bfloat16: static_cast<BFloat16*>(to)[at] = static_cast<BFloat16>(sum); break;
-        case DType::float16: static_cast<Half*>(to)[at] = static_cast<Half>(sum); break;
-        default: static_cast<Acc*>(to)[at] = sum;
-      }
-    }
+  auto write = [&](auto* out) {
+    const double* sum = sums.data();
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t k = 0; k < p.K; ++k)
+        out[k * taps + t] = static_cast<std::decay_t<decltype(*out)>>(static_cast<Acc>(*sum++));
+  };
+  switch (p.dtype) {
+    case DType::bfloat16: return write(static_cast<BFloat16*>(to));
+    case DType::float16: return write(static_cast<Half*>(to));
+    default: return write(static_cast<Acc*>(to));
+  }
 }
 
 // x's layout as the kernels take it.
@@ -181,12 +189,14 @@ Tensor forward(const Problem& p, const Tensor& x, const Tensor& weight, const Op
   std::vector<Acc> gamma_memory, beta_memory;
   const Acc* factor = per_channel<Acc>(gamma, p.K, Acc(1), gamma_memory);
   const Acc* offset = per_channel<Acc>(beta, p.K, Acc(0), beta_memory);
+  Acc *means = values<Acc>(mean), *vars = values<Acc>(var);
+  Acc *scales = values<Acc>(scale), *shifts = values<Acc>(shift);
   for (std::size_t k = 0; k < K; ++k) {
     const double slope = factor[k] / std::sqrt(exact.var[k] + eps);
-    values<Acc>(mean)[k] = static_cast<Acc>(exact.mean[k]);
-    values<Acc>(var)[k] = static_cast<Acc>(exact.var[k]);
-    values<Acc>(scale)[k] = static_cast<Acc>(slope);
-    values<Acc>(shift)[k] = static_cast<Acc>(offset[k] - exact.mean[k] * slope);
+    means[k] = static_cast<Acc>(exact.mean[k]);
+    vars[k] = static_cast<Acc>(exact.var[k]);
+    scales[k] = static_cast<Acc>(slope);
+    shifts[k] = static_cast<Acc>(offset[k] - exact.mean[k] * slope);
   }
   return dwconv_bn_act(x, weight, scale, shift, args.stride, args.padding, args.dilation,
                        args.activation, args.slope);

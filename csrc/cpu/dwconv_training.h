@@ -3,12 +3,12 @@
 // run(rows, block) or run(plane, block, channel) for tasks [begin, end): blocks of a chunk of
 // channels, then those of the next.
 template <typename Rows, typename Run>
-static void training_rows(const DwconvTrainingCall& call, int64_t begin, int64_t end, bool d,
-                          void* scratch, int64_t blocks, const Run& run) {
+static void training_rows(const DwconvTrainingCall& call, int64_t begin, int64_t end, void* scratch,
+                          int64_t blocks, const Run& run) {
   while (begin < end) {
     const int64_t chunk = begin / blocks, c = chunk * call.channel_chunk;
     const int64_t c_end = chunk + 1 < call.channel_chunks ? c + call.channel_chunk : call.K;
-    Rows rows(call, c, c_end, d, scratch);
+    Rows rows(call, c, c_end, scratch);
     for (; begin < end && begin / blocks == chunk; ++begin) run(rows, begin % blocks);
   }
 }
@@ -21,13 +21,13 @@ static void training_planes(const DwconvTrainingCall& call, int64_t begin, int64
 }
 
 template <typename Run>
-MNET_INLINE void training_of(const DwconvTrainingCall& call, int64_t begin, int64_t end, bool d,
+MNET_INLINE void training_of(const DwconvTrainingCall& call, int64_t begin, int64_t end,
                              void* scratch, const Run& run) {
   const int64_t blocks = (call.N + call.images - 1) / call.images * call.bands;
   if (dwconv_training_is_fast(call, kWidth<float>)) {
     auto fast = [&](auto kernel, auto stride) __attribute__((always_inline)) {
       using Rows = TrainingRows<decltype(kernel)::value, decltype(stride)::value>;
-      training_rows<Rows>(call, begin, end, d, scratch, blocks, run);
+      training_rows<Rows>(call, begin, end, scratch, blocks, run);
     };
     if (call.KH == 3 && call.SH == 1) return fast(Constant<3>{}, Constant<1>{});
     if (call.KH == 3 && call.SH == 2) return fast(Constant<3>{}, Constant<2>{});
@@ -47,20 +47,17 @@ MNET_INLINE void training_of(const DwconvTrainingCall& call, int64_t begin, int6
 
 static void dwconv_statistics(const DwconvTrainingCall& call, int64_t begin, int64_t end,
                               void* scratch) {
-  training_of(call, begin, end, false, scratch,
-              [](auto& on, auto... task) { on.statistics(task...); });
+  training_of(call, begin, end, scratch, [](auto& on, auto... task) { on.statistics(task...); });
 }
 
 static void dwconv_gradient_sums(const DwconvTrainingCall& call, int64_t begin, int64_t end,
                                  void* scratch) {
-  training_of(call, begin, end, false, scratch,
-              [](auto& on, auto... task) { on.gradient_sums(task...); });
+  training_of(call, begin, end, scratch, [](auto& on, auto... task) { on.gradient_sums(task...); });
 }
 
 static void dwconv_gradients(const DwconvTrainingCall& call, int64_t begin, int64_t end,
                              void* scratch) {
-  training_of(call, begin, end, true, scratch,
-              [](auto& on, auto... task) { on.gradients(task...); });
+  training_of(call, begin, end, scratch, [](auto& on, auto... task) { on.gradients(task...); });
 }
 
 static int64_t dwconv_training_scratch(const DwconvTrainingCall& call) {

@@ -1,10 +1,10 @@
 // Training of depthwise K x K, stride 1 or 2: statistics of the convolution, and its gradients, by
 // computing it again. Vectors run over channels, whatever the layout.
 //
-// A thread works down a block of rows with all of a chunk's channels. What comes from memory, and
-// the convolution's gradient, is staged in scratch, as floats, channel by channel, with zeros
-// around it: rings of K rows for x and for the gradient, one row for dy and dx. So memory is read
-// and written row after row, no tile of columns has a border, and all operands come from the
+// A thread works down a block of rows with all of a chunk's channels. What is read more than once,
+// x and the convolution's gradient, is staged in scratch, as floats, channel by channel, with zeros
+// around it, in rings of rows; dy and dx too where they are not floats already. So memory is read
+// and written row after row, no tile of columns has a border, and operands come from the
 // second-level cache. Included once per instruction set (see instruction_set.inc).
 
 template <int K, int S>
@@ -15,16 +15,22 @@ struct TrainingRows : StagedRows {
   // ---- convolution ---------------------------------------------------------------------------
   // Output row oh: finish(v, ow, sum, full) for every tile of T columns of a vector of channels.
   template <int T, typename Begin, typename Finish, typename End>
-  inline __attribute__((always_inline)) void convolve(int64_t oh, const Begin& begin,
+  inline __attribute__((always_inline)) void convolve(int64_t oh, bool reads_dy, const Begin& begin,
                                                       const Finish& finish, const End& end) {
     const int64_t ih = oh * S - call.top;
     stage(ih, ih + K);
     const float* row[K];
     for (int kh = 0; kh < K; ++kh) row[kh] = x_row(ih + kh);
+    const int64_t tiles = (call.OW + T - 1) / T * ((channels + V - 1) / V);
+    Ahead x_ahead = ahead_of(call.x, (n * call.H + staged) * call.W, S * call.W, tiles);
+    Ahead dy_ahead = reads_dy && !direct
+                         ? ahead_of(call.dy, (n * call.OH + oh + 1) * call.OW, call.OW, tiles)
+                         : Ahead{};
     for (int64_t v = 0; v < channels; v += V) {
-      foresee(call.x, (n * call.H + staged) * call.W, S * call.W, v);
       auto state = begin(v);
       for (int64_t ow = 0; ow < call.OW; ow += T) {
+        x_ahead.ask();
+        dy_ahead.ask();
         Vec sum[T] = {};
 #pragma GCC unroll 5
         for (int kh = 0; kh < K; ++kh) {
@@ -67,12 +73,6 @@ struct TrainingRows : StagedRows {
   auto begin_sums() const {
     return [this](int64_t v) __attribute__((always_inline)) { return load_sums(v); };
   }
-  auto begin_gradient(int64_t oh) const {
-    return [this, oh](int64_t v) __attribute__((always_inline)) {
-      foresee(call.dy, (n * call.OH + oh + 1) * call.OW, call.OW, v);
-      return load_sums(v);
-    };
-  }
   auto end_sums() const {
     return [this](const Pair& pair, int64_t v) __attribute__((always_inline)) {
       store(sum_of(0, v), pair.first.value), store(sum_of(1, v), pair.first.lost);
@@ -97,7 +97,7 @@ struct TrainingRows : StagedRows {
     tiled(call.OW, [&](auto columns) __attribute__((always_inline)) {
       constexpr int T = decltype(columns)::value;
       convolve<T>(
-          oh, begin_sums(),
+          oh, false, begin_sums(),
           [&](Pair& pair, int64_t v, int64_t ow, Vec* conv, auto full)
               __attribute__((always_inline)) {
                 const int count = decltype(full)::value ? T : static_cast<int>(call.OW - ow);
@@ -123,48 +123,69 @@ struct TrainingRows : StagedRows {
   }
 
   // ---- gradients -------------------------------------------------------------------------------
-  // dz of a tile (0 past the row's end), and its convolution less the mean.
-  template <int T>
-  inline __attribute__((always_inline)) void gradient_tile(Bounds bounds, int64_t v, int64_t ow,
-                                                           Vec* conv, Vec* dz) const {
-    const Vec m = load(mean + v), factor = load(scale + v), offset = load(shift + v);
-    Vec z[T];
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t) {
-      dz[t] = load(dy_row + (ow + t) * pitch + v);
-      conv[t] -= m;
-      z[t] = conv[t] * factor + offset;
-    }
-    if (bounds.exact) {
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) dz[t] = activate_backward<float>(bounds, z[t], dz[t]);
-    } else {
-      Vec z_copy[T], dz_copy[T];
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) z_copy[t] = z[t], dz_copy[t] = dz[t];
-      activate_backward_tile<float>(call, z_copy, dz_copy, T);
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) dz[t] = dz_copy[t];
-    }
+  // A row of dy, where it lies or staged.
+  struct Pixels {
+    const float* first;
+    int64_t step;  // from pixel to pixel
+  };
+  Pixels row_of_dy(int64_t oh) {
+    if (direct)
+      return {static_cast<const float*>(call.dy) + (n * call.OH + oh) * call.OW * call.K + c_begin,
+              call.K};
+    load_row(call.dy, call.OH, call.OW, oh, call.OW, dy_row);
+    return {dy_row, pitch};
   }
 
-  void stage_dy(int64_t oh) { load_row(call.dy, call.OH, call.OW, oh, call.OW, dy_row); }
+  // each(t, dz, convolution less the mean) for the first `count` columns of a tile.
+  template <int T, typename Each>
+  inline __attribute__((always_inline)) void gradient_tile(Bounds bounds, int64_t v, Pixels dy,
+                                                           int64_t ow, const Vec* conv, int count,
+                                                           const Each& each) const {
+    const Vec m = load(mean + v), factor = load(scale + v), offset = load(shift + v);
+    const float* from = dy.first + ow * dy.step + v;
+    const bool asks = direct && call.prefetch;
+    if (bounds.exact) {
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) {
+        if (t >= count) continue;
+        if (asks) __builtin_prefetch(from + (t + call.OW) * dy.step, 0, 2);  // the pixel below
+        const Vec centred = conv[t] - m, z = centred * factor + offset;
+        each(t, activate_backward<float>(bounds, z, load(from + t * dy.step)), centred);
+      }
+      return;
+    }
+    Vec centred[T], z[T], dz[T];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      centred[t] = conv[t] - m;
+      z[t] = centred[t] * factor + offset;
+      dz[t] = t < count ? load(from + t * dy.step) : Vec{};
+    }
+    activate_backward_tile<float>(call, z, dz, T);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t)
+      if (t < count) each(t, dz[t], centred[t]);
+  }
 
   void sums_row(int64_t oh) {
     const Bounds bounds = bounds_of(call.activation);
-    stage_dy(oh);
+    const Pixels dy = row_of_dy(oh);
     tiled(call.OW, [&](auto columns) __attribute__((always_inline)) {
       constexpr int T = decltype(columns)::value;
       convolve<T>(
-          oh, begin_gradient(oh),
-          [&](Pair& pair, int64_t v, int64_t ow, Vec* conv, auto) __attribute__((always_inline)) {
-            Vec dz[T];
-            gradient_tile<T>(bounds, v, ow, conv, dz);
-            pair.second.add(tile_sum<T>(dz));
-#pragma GCC unroll 16
-            for (int t = 0; t < T; ++t) dz[t] *= conv[t];
-            pair.first.add(tile_sum<T>(dz));
-          },
+          oh, true, begin_sums(),
+          [&](Pair& pair, int64_t v, int64_t ow, Vec* conv, auto full)
+              __attribute__((always_inline)) {
+                const int count = decltype(full)::value ? T : static_cast<int>(call.OW - ow);
+                Vec along = {}, all = {};
+                gradient_tile<T>(bounds, v, dy, ow, conv, count,
+                                 [&](int, Vec dz, Vec centred) __attribute__((always_inline)) {
+                                   along += dz * centred;
+                                   all += dz;
+                                 });
+                pair.first.add(along);
+                pair.second.add(all);
+              },
           end_sums());
     });
   }
@@ -172,99 +193,151 @@ struct TrainingRows : StagedRows {
   // The gradient of the convolution's row oh, into the ring.
   void d_row(int64_t oh) {
     const Bounds bounds = bounds_of(call.activation);
-    stage_dy(oh);
-    float* to = d_rows + (oh % K * size.d_columns + K - 1) * pitch;
+    const Pixels dy = row_of_dy(oh);
+    float* to = d_rows + (oh % size.ring * size.d_columns + K - 1) * pitch;
     tiled(call.OW, [&](auto columns) __attribute__((always_inline)) {
       constexpr int T = decltype(columns)::value;
       convolve<T>(
-          oh,
-          [this, oh](int64_t v) __attribute__((always_inline)) {
-            foresee(call.dy, (n * call.OH + oh + 1) * call.OW, call.OW, v);
-            return 0;
-          },
+          oh, true, [](int64_t) { return 0; },
           [&](int, int64_t v, int64_t ow, Vec* conv, auto full) __attribute__((always_inline)) {
             const int count = decltype(full)::value ? T : static_cast<int>(call.OW - ow);
-            Vec dz[T];
-            gradient_tile<T>(bounds, v, ow, conv, dz);
             const Vec factor = load(scale + v), b = load(linear + v), c = load(constant + v);
-#pragma GCC unroll 16
-            for (int t = 0; t < T; ++t)
-              if (t < count) store(to + (ow + t) * pitch + v, dz[t] * factor + (conv[t] * b + c));
+            gradient_tile<T>(bounds, v, dy, ow, conv, count,
+                             [&](int t, Vec dz, Vec centred) __attribute__((always_inline)) {
+                               store(to + (ow + t) * pitch + v, dz * factor + (centred * b + c));
+                             });
           },
           [](int, int64_t) {});
     });
   }
 
-  // Input row ih: dx, and its share of dweight.
-  void dx_row(int64_t ih) {
-    if constexpr (S == 1)
-      tiled(call.W, [&](auto columns) __attribute__((always_inline)) {
-        dx_row_tiled<decltype(columns)::value>(ih);
-      });
-    else
-      dx_row_tiled<(kRegisters >= 32 ? 4 : 2)>(ih);
+  // Rows of taps whose taps, and the sums of their gradients, stay in registers.
+  static constexpr int kTapRows = K <= 3 ? K : 1;
+  struct Taps {
+    Vec weight[kTapRows][K], sum[kTapRows][K];
+  };
+
+  // Of a column q * S + R of the scratch, rows First, First + S, ... of taps: what they add to dx
+  // and to the taps' gradients; d: at column q - (K - 1).
+  template <int R, int First>
+  inline __attribute__((always_inline)) Vec column(Vec x, const float* const* d, Taps& taps,
+                                                   Vec dx) const {
+#pragma GCC unroll 3
+    for (int kh = First; kh < kTapRows; kh += S)
+#pragma GCC unroll 5
+      for (int kw = R; kw < K; kw += S) {
+        const Vec g = load(d[kh] + (K - 1 - kw / S) * pitch);
+        dx += g * taps.weight[kh][kw];
+        taps.sum[kh][kw] += g * x;
+      }
+    return dx;
   }
 
-  // A tile is T steps of S columns, the scratch's columns q * S + r.
-  template <int T>
-  inline __attribute__((always_inline)) void dx_row_tiled(int64_t ih) {
-    constexpr int kColumns = T + (K - 1) / S;
-    const int64_t phase = (ih + call.top) % S;
-    const float* row[K] = {};  // by tap row
-    for (int64_t kh = phase; kh < K; kh += S) {
+  // An input row: by row of taps, the gradient of the convolution that it meets.
+  struct Meeting {
+    const float* d[K];
+    const float* x;
+    int64_t phase;
+  };
+  Meeting meeting(int64_t ih) const {
+    Meeting row;
+    row.x = x_row(ih) + call.left * pitch;
+    row.phase = (ih + call.top) % S;
+    for (int kh = 0; kh < K; ++kh) {
       const int64_t scaled = ih + call.top - kh, oh = scaled / S;
-      row[kh] = scaled >= 0 && oh < call.OH ? d_rows + oh % K * size.d_columns * pitch : zeros;
+      row.d[kh] =
+          (scaled >= 0 && oh < call.OH ? d_rows + oh % size.ring * size.d_columns * pitch : zeros) +
+          call.left / S * pitch;
     }
-    const float* x = x_row(ih);
-    const int64_t q_begin = call.left / S, q_end = (call.W + call.left + S - 1) / S;
-    for (int64_t v = 0; v < channels; v += V) {
-      for (int64_t q = q_begin; q < q_end; q += T) {
-        Vec sum[S][T] = {}, in[S][T];
-#pragma GCC unroll 2
-        for (int r = 0; r < S; ++r)
-#pragma GCC unroll 16
-          for (int t = 0; t < T; ++t) in[r][t] = load(x + ((q + t) * S + r) * pitch + v);
-        for (int64_t kh = phase; kh < K; kh += S) {
-          const float* from = row[kh] + (q + (K - 1) - (K - 1) / S) * pitch + v;
-          Vec d[kColumns];
-#pragma GCC unroll 32
-          for (int j = 0; j < kColumns; ++j) d[j] = kept(load(from + j * pitch));
+    return row;
+  }
+
+  // A row of dx, from what there is `before` or nothing.
+  template <int First>
+  inline __attribute__((always_inline)) void dx_row(const float* const* rows, const float* x,
+                                                    Taps& taps, const float* before, float* to,
+                                                    int64_t to_pixel, bool asks) const {
+    const float* d[kTapRows];
+#pragma GCC unroll 3
+    for (int i = 0; i < kTapRows; ++i) d[i] = rows[i];
+    auto one = [&](auto r) __attribute__((always_inline)) {
+      constexpr int R = decltype(r)::value;
+      Vec dx = {};
+      if (kTapRows < K && before != nullptr) dx = load(before), before += pitch;
+      if (asks) __builtin_prefetch(to + call.W * to_pixel, 1, 2);  // the pixel below
+      store(to, column<R, First>(load(x), d, taps, dx));
+      to += to_pixel, x += pitch;
+      if (R == S - 1)
+#pragma GCC unroll 3
+        for (int i = 0; i < kTapRows; ++i) d[i] += pitch;
+    };
+    int64_t left = call.W;
+    if constexpr (S == 2)
+      if (call.left % 2 == 1) one(Constant<1>{}), --left;
+    for (; left >= S; left -= S) {
+      one(Constant<0>{});
+      if constexpr (S == 2) one(Constant<1>{});
+    }
+    if (left > 0) one(Constant<0>{});
+  }
+
+  // `count` input rows from `begin` on, a vector of channels: what rows of taps from `kh` on add.
+  void add_taps(int64_t begin, int64_t count, const Meeting* rows, int64_t v, int kh) {
+    float* const tap = dweight + kh * K * pitch + v;
+    Taps taps;
+#pragma GCC unroll 3
+    for (int i = 0; i < kTapRows; ++i)
 #pragma GCC unroll 5
-          for (int kw = 0; kw < K; ++kw) {
-            constexpr int kLast = (K - 1) / S;
-            const int64_t tap = (kh * K + kw) * pitch + v;
-            const Vec w = load(weight + tap);
-            Vec added = load(dweight + tap);
-#pragma GCC unroll 16
-            for (int t = 0; t < T; ++t) {
-              const Vec g = d[t + kLast - kw / S];
-              sum[kw % S][t] += g * w;
-              added += g * in[kw % S][t];
-            }
-            store(dweight + tap, added);
-          }
-        }
-        float* to = dx_line + (q - q_begin) * S * pitch + v;
-#pragma GCC unroll 2
-        for (int r = 0; r < S; ++r)
-#pragma GCC unroll 16
-          for (int t = 0; t < T; ++t) store(to + (t * S + r) * pitch, sum[r][t]);
+      for (int kw = 0; kw < K; ++kw) {
+        taps.weight[i][kw] = load(weight + ((kh + i) * K + kw) * pitch + v);
+        taps.sum[i][kw] = load(tap + (i * K + kw) * pitch);
       }
+    const bool here = direct && call.dx != nullptr && kh + kTapRows + S > K;  // dx is complete
+    const bool asks = here && call.prefetch;
+    const int64_t to_pixel = here ? call.C : pitch;
+    for (int64_t i = 0; i < count; ++i) {
+      const Meeting& row = rows[i];
+      if (kTapRows < K && kh % S != row.phase) continue;
+      const float* d[kTapRows];
+      for (int j = 0; j < kTapRows; ++j) d[j] = row.d[kh + j] + v;
+      float* to = dx_rows + i * call.W * pitch + v;
+      const float* before = kh < S ? nullptr : to;
+      if (here)
+        to =
+            static_cast<float*>(call.dx) + (n * call.H + begin + i) * call.W * call.C + c_begin + v;
+      if (kTapRows < K || row.phase == 0)
+        dx_row<0>(d, row.x + v, taps, before, to, to_pixel, asks);
+      else
+        dx_row<S - 1>(d, row.x + v, taps, before, to, to_pixel, asks);
     }
-    if (call.dx != nullptr) store_row(ih, dx_line + call.left % S * pitch);
+#pragma GCC unroll 3
+    for (int i = 0; i < kTapRows; ++i)
+#pragma GCC unroll 5
+      for (int kw = 0; kw < K; ++kw) store(tap + (i * K + kw) * pitch, taps.sum[i][kw]);
+  }
+
+  // Input rows [begin, end): dx, and their share of dweight.
+  void input_rows(int64_t begin, int64_t end) {
+    Meeting rows[TrainingScratch::kMostRows];
+    for (int64_t ih = begin; ih < end; ++ih) rows[ih - begin] = meeting(ih);
+    for (int64_t v = 0; v < channels; v += V)
+      for (int kh = 0; kh < K; kh += kTapRows) add_taps(begin, end - begin, rows, v, kh);
+    if (direct || call.dx == nullptr) return;
+    for (int64_t ih = begin; ih < end; ++ih) store_row(ih, dx_rows + (ih - begin) * call.W * pitch);
   }
 
   // ---- blocks ----------------------------------------------------------------------------------
-  // row(i, opens) for every output row (or input row) of a block, image by image.
-  template <typename Row>
-  inline __attribute__((always_inline)) void each_row(int64_t block, int64_t rows, const Row& row) {
+  // run(first, end, opens) for every `step` output rows (or input rows) of a block, image by image.
+  template <typename Run>
+  inline __attribute__((always_inline)) void each_rows(int64_t block, int64_t rows, int64_t step,
+                                                       const Run& run) {
     const int64_t band = block % call.bands, image = block / call.bands * call.images;
     const int64_t begin = rows * band / call.bands, end = rows * (band + 1) / call.bands;
     bool opens = true;
     for (n = image; n < image + call.images && n < call.N; ++n) {
       staged = 0;
-      for (int64_t i = begin; i < end; ++i) {
-        row(i, opens);
+      for (int64_t i = begin; i < end; i += step) {
+        run(i, i + step < end ? i + step : end, opens);
         opens = false;
       }
     }
@@ -282,26 +355,27 @@ struct TrainingRows : StagedRows {
   }
 
   void statistics(int64_t block) {
-    each_row(block, call.OH, [&](int64_t oh, bool opens) { statistics_row(oh, opens); });
+    each_rows(block, call.OH, 1,
+              [&](int64_t oh, int64_t, bool opens) { statistics_row(oh, opens); });
     put(block, 5, 0, pivot), put_sums(block, 5, 1);
   }
 
   void gradient_sums(int64_t block) {
-    each_row(block, call.OH, [&](int64_t oh, bool) { sums_row(oh); });
+    each_rows(block, call.OH, 1, [&](int64_t oh, int64_t, bool) { sums_row(oh); });
     put_sums(block, 4, 0);
   }
 
   void gradients(int64_t block) {
     int64_t next = 0, image = -1;  // the output row to come
-    each_row(block, call.H, [&](int64_t ih, bool) {
-      const int64_t lowest = ih + call.top - (K - 1), last = (ih + call.top) / S;
+    each_rows(block, call.H, size.step, [&](int64_t ih, int64_t end, bool) {
+      const int64_t lowest = ih + call.top - (K - 1), last = (end - 1 + call.top) / S;
       if (n != image) {
         image = n;
         next = lowest <= 0 ? 0 : (lowest + S - 1) / S;
       }
       for (; next <= last && next < call.OH; ++next) d_row(next);
-      stage(ih, ih + 1);
-      dx_row(ih);
+      stage(ih, end);
+      input_rows(ih, end);
     });
     for (int tap = 0; tap < K * K; ++tap) put(block, K * K, tap, dweight + tap * pitch);
   }
