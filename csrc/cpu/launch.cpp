@@ -98,6 +98,7 @@ ConvCall conv_call(const Problem& p) {
   call.top = p.top, call.left = p.left;
   call.pointwise = call.taps == p.C && p.SH == 1 && p.SW == 1 && p.OH == p.H && p.OW == p.W &&
                    p.top == 0 && p.left == 0;
+  call.prefetch = call.pointwise;
   call.element = element_of(p.dtype);
   call.activation = p.activation;
   call.slope = p.slope;
