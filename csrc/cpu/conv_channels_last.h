@@ -133,7 +133,10 @@ static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scr
   const int64_t panel_bytes = steps * kPanel * kStepBytes;
   int64_t gathered = -1;  // the block that scratch holds
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t block = task / call.channel_blocks, channels = task % call.channel_blocks;
+    // Threads share out the larger number: who has all pixels of a panel reads it alone.
+    const bool by_channels = call.channel_blocks > call.pixel_blocks;
+    const int64_t block = by_channels ? task % call.pixel_blocks : task / call.channel_blocks;
+    const int64_t channels = by_channels ? task / call.pixel_blocks : task % call.channel_blocks;
     const int64_t first = block * pixels / call.pixel_blocks;
     const int64_t count = (block + 1) * pixels / call.pixel_blocks - first;
     const Elem* image = static_cast<const Elem*>(call.x) + first * call.C;

@@ -161,8 +161,8 @@ static void conv_tiles(const ConvCall& call, TileRun<Elem>& state) {
       for (int p = 0; p < P; ++p)
         for (int v = 0; v < Vectors; ++v) __builtin_prefetch(run.y + p * K + v * V, 1, 3);
     prefetch(run.later, run.share);
-    // The first tiles ask for the next weights.
-    const int64_t ahead = run.begin < 2 ? run.panel_bytes + run.begin * 64 : 0;
+    // The first tile asks for the next weights.
+    const int64_t ahead = run.begin == 0 ? run.panel_bytes : 0;
     const Patch<Elem>* first_tap = run.patches.first;
     int64_t k = 0, row_end = run.patches.row;
     for (;;) {
@@ -176,7 +176,9 @@ static void conv_tiles(const ConvCall& call, TileRun<Elem>& state) {
         [[maybe_unused]] const Step<Elem, HalfVector> last_half(
             run.weight + (k * kPanel + kFull * V) * kStepBytes);
         const Step<Elem> w[2] = {weights(0), weights(Vectors - 1)};
-        __builtin_prefetch(run.weight + k * kPanel * kStepBytes + ahead, 0, 2);
+        const char* later = run.weight + k * kPanel * kStepBytes + ahead;
+        __builtin_prefetch(later, 0, 2);
+        __builtin_prefetch(later + 64, 0, 2);
 #pragma GCC unroll 16
         for (int p = 0; p < P; ++p) {
           const auto in = Step<Elem>::take(first_tap + p * run.patches.stride + k * kTaps);
