@@ -107,17 +107,17 @@ MNET_INLINE bool reads_rows(const ConvCall& call) {
          call.DW == 1 && call.K <= kPanel;
 }
 
-// The patches of pixels [begin, begin + count) in the image, if none of them touches its border and
-// they lie in one output row; else none.
+// The patches of a pixel and of those that follow it in the image; `count` of them do not touch its
+// border and lie in one output row.
 template <typename Elem>
-MNET_INLINE Patches<Elem> patches_in_image(const ConvCall& call, int64_t begin, int64_t count) {
-  const int64_t ow = begin % call.OW, oh = begin / call.OW % call.OH;
+MNET_INLINE Patches<Elem> patches_in_image(const ConvCall& call, int64_t pixel, int64_t* count) {
+  const int64_t ow = pixel % call.OW, oh = pixel / call.OW % call.OH;
   const int64_t top = oh * call.SH - call.top, left = ow * call.SW - call.left;
-  const int64_t right = left + (count - 1) * call.SW + call.KW;
-  if (ow + count > call.OW || top < 0 || top + (call.KH - 1) * call.DH >= call.H || left < 0 ||
-      right > call.W)
-    return {nullptr, 0, 0, 0};
-  const int64_t n = begin / call.OW / call.OH, row = call.KW * call.C;
+  const int64_t fit = (call.W - call.KW - left + call.SW) / call.SW, rest = call.OW - ow;
+  const bool inside =
+      top >= 0 && top + (call.KH - 1) * call.DH < call.H && left >= 0 && left + call.KW <= call.W;
+  *count = !inside ? 0 : fit < rest ? fit : rest;
+  const int64_t n = pixel / call.OW / call.OH, row = call.KW * call.C;
   const auto* image = static_cast<const Patch<Elem>*>(call.x);
   return {image + ((n * call.H + top) * call.W + left) * call.C, call.SW * call.C, row,
           call.DH * call.W * call.C - row};
@@ -133,7 +133,10 @@ static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scr
   const int64_t panel_bytes = steps * kPanel * kStepBytes;
   int64_t gathered = -1;  // the block that scratch holds
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t block = task / call.channel_blocks, channels = task % call.channel_blocks;
+    // Threads share out the larger number: who has all pixels of a panel reads it alone.
+    const bool by_channels = call.channel_blocks > call.pixel_blocks;
+    const int64_t block = by_channels ? task % call.pixel_blocks : task / call.channel_blocks;
+    const int64_t channels = by_channels ? task / call.pixel_blocks : task % call.channel_blocks;
     const int64_t first = block * pixels / call.pixel_blocks;
     const int64_t count = (block + 1) * pixels / call.pixel_blocks - first;
     const Elem* image = static_cast<const Elem*>(call.x) + first * call.C;
@@ -153,28 +156,43 @@ static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scr
       for (int64_t column = 0; column < columns; column += 2 * V) {
         const int lanes = static_cast<int>(columns - column < 2 * V ? columns - column : 2 * V);
         const int vectors = (lanes + V - 1) / V, last = lanes - (vectors - 1) * V;
-        const auto& tile_of = kConvTiles<Elem>[vectors - 1 + (kHalves && last <= V / 2 ? 2 : 0)];
+        const auto& tiles_of = kConvTiles<Elem>[vectors - 1 + (kHalves && last <= V / 2 ? 2 : 0)];
         const int64_t channel = panel * kPanel + column;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t from = tile * count / tiles, to = (tile + 1) * count / tiles;
-          if (column == 0 && call.pointwise) {  // of the same pixels of the next block, a part
-            const int64_t bytes = (to - from) * call.C * static_cast<int64_t>(sizeof(Elem));
-            const int64_t at = bytes * panel / panels;
-            prefetch(reinterpret_cast<const char*>(image + (count + from) * call.C) + at,
-                     bytes * (panel + 1) / panels - at);
-          }
-          Patches<Elem> taken{patches + from * stride, stride, steps, 0};
+        TileRun<Elem> run{{patches, stride, steps, 0},
+                          weight + column * kStepBytes,
+                          panel_bytes,
+                          channel,
+                          static_cast<Elem*>(call.y) + first * call.K + channel,
+                          last,
+                          clamp,
+                          0,
+                          0,
+                          nullptr,
+                          0};
+        if (column == 0 && call.prefetch) {  // of the next block's pixels, a part
+          const int64_t part = count * call.C * static_cast<int64_t>(sizeof(Elem)) / panels;
+          run.later = reinterpret_cast<const char*>(image + count * call.C) + panel * part;
+          run.share = part / tiles;
+        }
+        // Tiles of as many pixels, then of one less.
+        const int64_t most = (count + tiles - 1) / tiles, full = count - (most - 1) * tiles;
+        for (int64_t pixel = 0; run.end < tiles;) {
+          const int64_t size = run.end < full ? most : most - 1;
+          run.begin = run.end;
+          run.end = run.end < full ? full : tiles;
           if (in_rows) {
-            const Patches<Elem> inside = patches_in_image<Elem>(call, first + from, to - from);
-            if (inside.first)
-              taken = inside;
-            else
-              gather_patches<Elem>(call, first + from, to - from,
-                                   static_cast<Patch<Elem>*>(scratch) + from * stride, stride);
+            int64_t inside = 0;
+            run.patches = patches_in_image<Elem>(call, first + pixel, &inside);
+            if (inside < size) {
+              Patch<Elem>* to = static_cast<Patch<Elem>*>(scratch) + pixel * stride;
+              gather_patches<Elem>(call, first + pixel, size, to, stride);
+              run.patches = {to, stride, steps, 0};
+              inside = size;
+            }
+            if (inside / size < run.end - run.begin) run.end = run.begin + inside / size;
           }
-          tile_of[to - from - 1](
-              call, taken, weight + column * kStepBytes, tile < 2 ? panel_bytes + tile * 64 : 0,
-              channel, static_cast<Elem*>(call.y) + (first + from) * call.K + channel, last, clamp);
+          pixel += size * (run.end - run.begin);
+          tiles_of[size - 1](call, run);
         }
       }
     }

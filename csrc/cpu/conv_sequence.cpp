@@ -3,12 +3,14 @@
 // stays in memory that is used again for every image and every call.
 //
 // Groups of convolutions go through strip by strip (schedule.h). With at least one image a thread,
-// every thread takes its images through all stages by itself, and threads meet once. The images
-// left over go through together, all threads working on each stage or group.
+// every thread takes its images through all stages by itself, and threads meet once: segment by
+// segment, the more images at a time the smaller they have become. The images left over go through
+// together, all threads working on each stage or group.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #include "../tensor.h"
@@ -23,7 +25,7 @@ namespace {
 
 constexpr int64_t kLine = 64;
 
-// One run through the stages: `images` images from x to y; `memory` holds that many times
+// One run through a schedule's stages: `images` images from x to y; `memory` holds that many times
 // schedule.image bytes.
 class Run {
  public:
@@ -43,7 +45,8 @@ class Run {
 
  private:
   const void* value(int64_t v) const {
-    return v == 0 ? x_ : slots_[schedule_.slot[static_cast<std::size_t>(v - 1)]];
+    return v == schedule_.segment.begin ? x_
+                                        : slots_[schedule_.slot[static_cast<std::size_t>(v - 1)]];
   }
   void* result(int64_t i) const {
     const int64_t slot = schedule_.slot[static_cast<std::size_t>(i)];
@@ -111,15 +114,59 @@ class Run {
   std::vector<char*> slots_;
 };
 
-// Runs with the memory it needs: kept for the thread's next call unless it is large.
-void run_here(const Sequence& sequence, const Schedule& schedule, const void* x, void* y,
-              int64_t images, int64_t threads) {
+// Memory for a thread's call, kept for its next one unless it is large.
+template <typename Body>
+void with_memory(int64_t size, const Body& body) {
   constexpr std::size_t kKept = std::size_t{128} << 20;
-  const auto bytes = static_cast<std::size_t>(schedule.image * images) + kLine;
+  const auto bytes = static_cast<std::size_t>(size) + kLine;
   std::unique_ptr<char[]> own(bytes > kKept ? new char[bytes] : nullptr);
   void* memory = own ? align_line(own.get()) : scratch_bytes<Scratch::sequence>(bytes);
-  Run(sequence, schedule, x, y, images, static_cast<char*>(memory), threads)();
+  body(static_cast<char*>(memory));
 }
+
+// A thread's images, through all segments.
+class Segments {
+ public:
+  Segments(const Sequence& sequence, int64_t images) : sequence_(sequence) {
+    for (const Segment& segment : segments_of(sequence, images)) {
+      schedules_.push_back(schedule_of(sequence, segment, 1));
+      const Problem& p = sequence.stages[static_cast<std::size_t>(segment.begin)].p;
+      const int64_t input = p.C * p.H * p.W * size_of(p.dtype);
+      input_.push_back(input);
+      const int64_t bytes = schedules_.back().image + (segment.begin > 0 ? input : 0);
+      bytes_.push_back((bytes * segment.images + kLine - 1) / kLine * kLine);
+    }
+    const Problem& p = sequence.stages.back().p;
+    input_.push_back(p.K * p.OH * p.OW * size_of(p.dtype));
+  }
+
+  void operator()(const char* x, char* y, int64_t images) const {
+    with_memory(std::accumulate(bytes_.begin(), bytes_.end(), int64_t{0}),
+                [&](char* memory) { through(schedules_.size() - 1, x, y, images, memory); });
+  }
+
+ private:
+  // From the sequence's input to the result of a segment, images at a time.
+  void through(std::size_t segment, const char* x, char* y, int64_t images, char* memory) const {
+    const Schedule& schedule = schedules_[segment];
+    for (int64_t n = 0; n < images; n += schedule.segment.images) {
+      const int64_t count = std::min(schedule.segment.images, images - n);
+      const char* from = x + n * input_[0];
+      char* rest = memory + bytes_[segment];
+      if (segment > 0) {
+        char* between = memory + schedule.image * schedule.segment.images;
+        through(segment - 1, from, between, count, rest);
+        from = between;
+      }
+      Run(sequence_, schedule, from, y + n * input_[segment + 1], count, memory, 1)();
+    }
+  }
+
+  const Sequence& sequence_;
+  std::vector<Schedule> schedules_;
+  std::vector<int64_t> input_;  // bytes of a segment's, of one image; after the last, of the result
+  std::vector<int64_t> bytes_;  // of memory
+};
 
 }  // namespace
 
@@ -139,15 +186,17 @@ Tensor conv_sequence(Tensor x, Tensor stages, Tensor constants, bool flat) {
   auto* to = static_cast<char*>(y.mutable_data_ptr());
   const int64_t threads = torch::stable::get_num_threads(), alone = N / threads * threads;
   if (alone > 0) {
-    const Schedule schedule = schedule_of(sequence, 1, 1);
+    const Segments segments(sequence, alone / threads);
     torch::stable::parallel_for(0, alone, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n)
-        run_here(sequence, schedule, from + n * x_size, to + n * y_size, 1, 1);
+      segments(from + begin * x_size, to + begin * y_size, end - begin);
     });
   }
-  if (const int64_t left = N - alone; left > 0)
-    run_here(sequence, schedule_of(sequence, left, threads), from + alone * x_size,
-             to + alone * y_size, left, threads);
+  if (const int64_t left = N - alone; left > 0) {
+    const Schedule schedule = schedule_of(sequence, whole(sequence, left), threads);
+    with_memory(schedule.image * left, [&](char* memory) {
+      Run(sequence, schedule, from + alone * x_size, to + alone * y_size, left, memory, threads)();
+    });
+  }
   return y;
 }
 
@@ -158,15 +207,19 @@ std::vector<int64_t> conv_sequence_plan(Tensor x, Tensor stages, Tensor constant
                                         int64_t threads) {
   const Sequence s = checked_sequence(x, stages, constants);
   const int64_t N = x.size(0);
-  const Schedule schedule = N < threads ? schedule_of(s, N, threads) : schedule_of(s, 1, 1);
+  std::vector<Segment> segments{whole(s, N)};
+  if (N >= threads) segments = segments_of(s, N / threads);
   std::vector<int64_t> plan;
-  for (const Group& group : schedule.groups)
-    for (int64_t i = group.begin; i < group.end; ++i) {
-      const PairCost& cost = schedule.pairs[static_cast<std::size_t>(i)];
-      plan.push_back(i + 1 < group.end);
-      plan.push_back(static_cast<int64_t>(cost.fused));
-      plan.push_back(static_cast<int64_t>(cost.separate));
-    }
+  for (const Segment& segment : segments) {
+    const Schedule schedule = schedule_of(s, segment, N < threads ? threads : 1);
+    for (const Group& group : schedule.groups)
+      for (int64_t i = group.begin; i < group.end; ++i) {
+        const PairCost& cost = schedule.pairs[static_cast<std::size_t>(i)];
+        plan.push_back(i + 1 < group.end);
+        plan.push_back(static_cast<int64_t>(cost.fused));
+        plan.push_back(static_cast<int64_t>(cost.separate));
+      }
+  }
   return plan;
 }
 

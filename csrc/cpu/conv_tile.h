@@ -93,136 +93,172 @@ struct Patches {
   int64_t stride, row, jump;
 };
 
-// A tile's sums to y, where more is to be done than to clamp them.
+// Tiles one behind the other that have the same weights: a block's pixels in a panel, or some.
+template <typename Elem>
+struct TileRun {
+  Patches<Elem> patches;  // of the first tile
+  const char* weight;
+  int64_t panel_bytes;  // to the weights that are wanted next
+  int64_t channel;      // the first one
+  Elem* y;
+  int lanes_in_last;  // channels of the last vector
+  Clamp<float> clamp;
+  int64_t begin, end;  // tiles, counted within the block
+  const char* later;   // what is wanted later, a share a tile
+  int64_t share;
+};
+
+// A tile's sums, scaled and shifted, to y, where more is to be done than to clamp them.
 template <typename Elem>
 static __attribute__((noinline)) void finish_tile(const ConvCall& call, const Vector<float>* sum,
                                                   int pixels, int vectors, int lanes_in_last,
                                                   Elem* y) {
   constexpr int V = kWidth<float>;
-  for (int p = 0; p < pixels; ++p)
-    for (int v = 0; v < vectors; ++v) {
-      Vector<float> out = activate<float>(call.activation, static_cast<float>(call.slope), *sum++);
-      Elem* to = y + p * call.K + v * V;
-      const bool partial = v == vectors - 1 && lanes_in_last < V;
-      if (call.residual) {
-        const Elem* add =
-            static_cast<const Elem*>(call.residual) + (to - static_cast<Elem*>(call.y));
-        // Both parts of the sum have x's type, as they have one after the other.
-        out = rounded<Elem>(out) + (partial ? load_first(add, lanes_in_last) : load(add));
+  const auto* residual = static_cast<const Elem*>(call.residual);
+  if (residual) residual += y - static_cast<Elem*>(call.y);
+  const bool streams = kStreams && sizeof(Elem) == 4 && call.stream;
+  const int64_t K = call.K;
+  const auto slope = static_cast<float>(call.slope);
+  const int whole = vectors - (lanes_in_last < V);
+  with_activation(call.activation, [&](auto activation) __attribute__((always_inline)) {
+    auto next = [&](const Elem* add, int lanes) __attribute__((always_inline)) {
+      const Vector<float> out = activate<float>(activation.value, slope, *sum++);
+      if (!residual) return out;
+      // Both parts of the sum have x's type, as they have one after the other.
+      return rounded<Elem>(out) + (lanes < V ? load_first(add, lanes) : load(add));
+    };
+    for (int p = 0; p < pixels; ++p, y += K, residual += residual ? K : 0) {
+      for (int v = 0; v < whole; ++v) {
+        const Vector<float> out = next(residual + v * V, V);
+        if (streams)
+          stream(reinterpret_cast<float*>(y + v * V), out);
+        else
+          store(y + v * V, out);
       }
-      if (partial)
-        store_first(to, out, lanes_in_last);
-      else if (kStreams && sizeof(Elem) == 4 && call.stream)
-        stream(reinterpret_cast<float*>(to), out);
-      else
-        store(to, out);
+      if (whole < vectors)
+        store_first(y + whole * V, next(residual + whole * V, lanes_in_last), lanes_in_last);
     }
+  });
 }
 
-// P pixels, `Vectors` vectors of a panel from `weight`'s column on, the last one half a vector
-// where `Half` says so. What lies `ahead` bytes beyond each step's weights is wanted soon.
+// Tiles of P pixels, `Vectors` vectors of a panel from `weight`'s column on, the last one half a
+// vector where `Half` says so.
 template <typename Elem, int P, int Vectors, bool Half>
-static void conv_tile(const ConvCall& call, Patches<Elem> patches, const char* weight,
-                      int64_t ahead, int64_t channel, Elem* y, int lanes_in_last,
-                      Clamp<float> clamp) {
+static void conv_tiles(const ConvCall& call, TileRun<Elem>& state) {
+  TileRun<Elem> run = state;
   constexpr int V = kWidth<float>, kTaps = Step<Elem>::kTaps, kFull = Vectors - Half;
-  Vector<float> sum[P][Vectors] = {};
-  [[maybe_unused]] HalfVector half[P] = {}, half_total[P];
-  // Long sums are taken in pieces, which are then added up: rounding errors grow with the square
-  // root of a piece instead of the whole.
-  Vector<float> total[P][Vectors];
-  const int64_t steps = steps_of<Elem>(call);
-  // Where the sums will go, which is to be there by then.
-  if (!call.stream)
-    for (int p = 0; p < P; ++p)
-      for (int v = 0; v < Vectors; ++v) __builtin_prefetch(y + p * call.K + v * V, 1, 3);
-  int64_t k = 0, row_end = patches.row;
-  for (;;) {
-    const int64_t k_end = steps - k > kPiece / kTaps ? k + kPiece / kTaps : steps;
-    const bool first = k == 0, last = k_end == steps;
-    for (; k < k_end; ++k) {
-      if (k == row_end) patches.first += patches.jump, row_end += patches.row;
-      auto weights = [&](int v) __attribute__((always_inline)) {
-        return Step<Elem>(weight + (k * kPanel + v * V) * kStepBytes);
+  const int64_t steps = steps_of<Elem>(call), K = call.K;
+  const bool streams = call.stream, partial = run.lanes_in_last < V;
+  const bool rare = !run.clamp.exact || call.residual || streams || (partial && !kMasks);
+  for (; run.begin < run.end; ++run.begin) {
+    Vector<float> sum[P][Vectors] = {};
+    [[maybe_unused]] HalfVector half[P] = {}, half_total[P];
+    // Long sums are taken in pieces, which are then added up: rounding errors grow with the square
+    // root of a piece instead of the whole.
+    Vector<float> total[P][Vectors];
+    // Where the sums will go, which is to be there by then.
+    if (!streams)
+      for (int p = 0; p < P; ++p)
+        for (int v = 0; v < Vectors; ++v) __builtin_prefetch(run.y + p * K + v * V, 1, 3);
+    prefetch(run.later, run.share);
+    // The first tile asks for the next weights.
+    const int64_t ahead = run.begin == 0 ? run.panel_bytes : 0;
+    const Patch<Elem>* first_tap = run.patches.first;
+    int64_t k = 0, row_end = run.patches.row;
+    for (;;) {
+      const int64_t k_end = steps - k > kPiece / kTaps ? k + kPiece / kTaps : steps;
+      const bool first = k == 0, last = k_end == steps;
+      for (; k < k_end; ++k) {
+        if (k == row_end) first_tap += run.patches.jump, row_end += run.patches.row;
+        auto weights = [&](int v) __attribute__((always_inline)) {
+          return Step<Elem>(run.weight + (k * kPanel + v * V) * kStepBytes);
+        };
+        [[maybe_unused]] const Step<Elem, HalfVector> last_half(
+            run.weight + (k * kPanel + kFull * V) * kStepBytes);
+        const Step<Elem> w[2] = {weights(0), weights(Vectors - 1)};
+        const char* later = run.weight + k * kPanel * kStepBytes + ahead;
+        __builtin_prefetch(later, 0, 2);
+        __builtin_prefetch(later + 64, 0, 2);
+#pragma GCC unroll 16
+        for (int p = 0; p < P; ++p) {
+          const auto in = Step<Elem>::take(first_tap + p * run.patches.stride + k * kTaps);
+#pragma GCC unroll 16
+          for (int v = 0; v < kFull; ++v) w[v].add(sum[p][v], in);
+          if constexpr (Half) last_half.add(half[p], in);
+        }
+      }
+      if (first && last) break;
+      // A piece but the last leaves its sum in memory and starts again from zero.
+      auto put_by = [&](auto& now, auto& before) __attribute__((always_inline)) {
+        if (!first) now += before;
+        if (last) return;
+        before = now;
+        now = decltype(now + now){};
       };
-      [[maybe_unused]] const Step<Elem, HalfVector> last_half(weight + (k * kPanel + kFull * V) *
-                                                                           kStepBytes);
-      const Step<Elem> w[2] = {weights(0), weights(Vectors - 1)};
-      __builtin_prefetch(weight + k * kPanel * kStepBytes + ahead, 0, 2);
 #pragma GCC unroll 16
       for (int p = 0; p < P; ++p) {
-        const auto in = Step<Elem>::take(patches.first + p * patches.stride + k * kTaps);
 #pragma GCC unroll 16
-        for (int v = 0; v < kFull; ++v) w[v].add(sum[p][v], in);
-        if constexpr (Half) last_half.add(half[p], in);
+        for (int v = 0; v < kFull; ++v) put_by(sum[p][v], total[p][v]);
+        if constexpr (Half) put_by(half[p], half_total[p]);
       }
+      if (last) break;
     }
-    if (first && last) break;
-    // A piece but the last leaves its sum in memory and starts again from zero.
-    auto put_by = [&](auto& now, auto& before) __attribute__((always_inline)) {
-      if (!first) now += before;
-      if (last) return;
-      before = now;
-      now = decltype(now + now){};
-    };
 #pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 16
-      for (int v = 0; v < kFull; ++v) put_by(sum[p][v], total[p][v]);
-      if constexpr (Half) put_by(half[p], half_total[p]);
-    }
-    if (last) break;
-  }
-#pragma GCC unroll 16
-  for (int p = 0; Half && p < P; ++p) sum[p][Vectors - 1] = widened(half[p]);
-#pragma GCC unroll 16
-  for (int v = 0; v < Vectors; ++v) {
-    const Vector<float> scale = load(static_cast<const float*>(call.scale) + channel + v * V);
-    const Vector<float> shift = load(static_cast<const float*>(call.shift) + channel + v * V);
-#pragma GCC unroll 16
-    for (int p = 0; p < P; ++p) sum[p][v] = sum[p][v] * scale + shift;
-  }
-  const bool partial = lanes_in_last < V;
-  if (!clamp.exact || call.residual || call.stream || (partial && !kMasks)) {
-    Vector<float> tile[P * Vectors];
-#pragma GCC unroll 32
-    for (int i = 0; i < P * Vectors; ++i) tile[i] = sum[i / Vectors][i % Vectors];
-    return finish_tile<Elem>(call, tile, P, Vectors, lanes_in_last, y);
-  }
-#pragma GCC unroll 16
-  for (int p = 0; p < P; ++p)
+    for (int p = 0; Half && p < P; ++p) sum[p][Vectors - 1] = widened(half[p]);
 #pragma GCC unroll 16
     for (int v = 0; v < Vectors; ++v) {
-      const Vector<float> out = at_most<float>(at_least<float>(sum[p][v], clamp.low), clamp.high);
-      if (kMasks && partial && v == Vectors - 1)
-        store_first(y + p * call.K + v * V, out, lanes_in_last);
-      else
-        store(y + p * call.K + v * V, out);
+      const float* scales = static_cast<const float*>(call.scale) + run.channel + v * V;
+      const float* shifts = static_cast<const float*>(call.shift) + run.channel + v * V;
+      const Vector<float> scale = load(scales), shift = load(shifts);
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) sum[p][v] = sum[p][v] * scale + shift;
     }
+    if (rare) {
+      Vector<float> tile[P * Vectors];
+#pragma GCC unroll 32
+      for (int i = 0; i < P * Vectors; ++i) tile[i] = sum[i / Vectors][i % Vectors];
+      finish_tile<Elem>(call, tile, P, Vectors, run.lanes_in_last, run.y);
+    } else {
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p)
+#pragma GCC unroll 16
+        for (int v = 0; v < Vectors; ++v) {
+          const Vector<float> out =
+              at_most<float>(at_least<float>(sum[p][v], run.clamp.low), run.clamp.high);
+          if (kMasks && partial && v == Vectors - 1)
+            store_first(run.y + p * K + v * V, out, run.lanes_in_last);
+          else
+            store(run.y + p * K + v * V, out);
+        }
+    }
+    run.patches.first += P * run.patches.stride;
+    run.y += P * K;
+    run.later += run.share;
+  }
+  state = run;
 }
 
 template <typename Elem>
-using ConvTile = void (*)(const ConvCall&, Patches<Elem>, const char*, int64_t, int64_t, Elem*, int,
-                          Clamp<float>);
+using ConvTiles = void (*)(const ConvCall&, TileRun<Elem>&);
 // By pixels - 1; a narrow register file has the first six only.
 #if MNET_REGISTERS >= 32
-#define MNET_TILES(...)                                                   \
-  conv_tile<Elem, 1, __VA_ARGS__>, conv_tile<Elem, 2, __VA_ARGS__>,       \
-      conv_tile<Elem, 3, __VA_ARGS__>, conv_tile<Elem, 4, __VA_ARGS__>,   \
-      conv_tile<Elem, 5, __VA_ARGS__>, conv_tile<Elem, 6, __VA_ARGS__>,   \
-      conv_tile<Elem, 7, __VA_ARGS__>, conv_tile<Elem, 8, __VA_ARGS__>,   \
-      conv_tile<Elem, 9, __VA_ARGS__>, conv_tile<Elem, 10, __VA_ARGS__>,  \
-      conv_tile<Elem, 11, __VA_ARGS__>, conv_tile<Elem, 12, __VA_ARGS__>, \
-      conv_tile<Elem, 13, __VA_ARGS__>, conv_tile<Elem, 14, __VA_ARGS__>
+#define MNET_TILES(...)                                                     \
+  conv_tiles<Elem, 1, __VA_ARGS__>, conv_tiles<Elem, 2, __VA_ARGS__>,       \
+      conv_tiles<Elem, 3, __VA_ARGS__>, conv_tiles<Elem, 4, __VA_ARGS__>,   \
+      conv_tiles<Elem, 5, __VA_ARGS__>, conv_tiles<Elem, 6, __VA_ARGS__>,   \
+      conv_tiles<Elem, 7, __VA_ARGS__>, conv_tiles<Elem, 8, __VA_ARGS__>,   \
+      conv_tiles<Elem, 9, __VA_ARGS__>, conv_tiles<Elem, 10, __VA_ARGS__>,  \
+      conv_tiles<Elem, 11, __VA_ARGS__>, conv_tiles<Elem, 12, __VA_ARGS__>, \
+      conv_tiles<Elem, 13, __VA_ARGS__>, conv_tiles<Elem, 14, __VA_ARGS__>
 #else
-#define MNET_TILES(...)                                                 \
-  conv_tile<Elem, 1, __VA_ARGS__>, conv_tile<Elem, 2, __VA_ARGS__>,     \
-      conv_tile<Elem, 3, __VA_ARGS__>, conv_tile<Elem, 4, __VA_ARGS__>, \
-      conv_tile<Elem, 5, __VA_ARGS__>, conv_tile<Elem, 6, __VA_ARGS__>
+#define MNET_TILES(...)                                                   \
+  conv_tiles<Elem, 1, __VA_ARGS__>, conv_tiles<Elem, 2, __VA_ARGS__>,     \
+      conv_tiles<Elem, 3, __VA_ARGS__>, conv_tiles<Elem, 4, __VA_ARGS__>, \
+      conv_tiles<Elem, 5, __VA_ARGS__>, conv_tiles<Elem, 6, __VA_ARGS__>
 #endif
 // One vector, two, and, where that saves anything, half of one and one and a half.
 template <typename Elem>
-static constexpr ConvTile<Elem> kConvTiles[kHalves ? 4 : 2][kTilePixels] = {
+static constexpr ConvTiles<Elem> kConvTiles[kHalves ? 4 : 2][kTilePixels] = {
     {MNET_TILES(1, false)},
     {MNET_TILES(2, false)},
 #if MNET_VECTOR_BYTES == 64

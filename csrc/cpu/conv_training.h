@@ -77,7 +77,7 @@ static void multiply(const float* x, const float* packed, const float* ones, con
   call.N = call.H = call.OH = 1, call.W = call.OW = count;
   call.C = call.taps = C, call.K = K;
   call.KH = call.KW = call.SH = call.SW = call.DH = call.DW = 1;
-  call.pointwise = true;
+  call.pointwise = call.prefetch = true;
   call.x = x, call.weight = packed, call.scale = ones, call.shift = zeros, call.y = y;
   call.element = Element::f32;
   call.activation = Activation::identity;

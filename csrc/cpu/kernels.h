@@ -84,6 +84,7 @@ struct ConvCall {
   Element element;
   Activation activation;
   double slope;
+  bool prefetch;                         // as above; of a pointwise one
   bool stream;                           // as above; float32
   const void* residual;                  // added after the activation, laid out as y; or null
   int64_t pixel_blocks, channel_blocks;  // a task is one of each

@@ -45,9 +45,13 @@ int64_t plan(ConvCall& call, int64_t threads) {
   constexpr int64_t kWorthSharing = 128 << 10;  // products; less takes about as long as to share it
   if (pixels * call.taps * call.K < kWorthSharing) {
     call.pixel_blocks = 1;
-  } else if (threads > 1 && call.pixel_blocks < 4 * threads)
+  } else if (threads > 1 && call.pixel_blocks < 4 * threads) {
     call.channel_blocks =
         std::min(panels_of(call.K), (4 * threads + call.pixel_blocks - 1) / call.pixel_blocks);
+    // A few panels that threads cannot share evenly: of one of them each takes some pixels.
+    if (call.pointwise && call.pixel_blocks == 1 && call.channel_blocks % threads)
+      call.pixel_blocks = std::min(pixels, threads);
+  }
   return call.pixel_blocks * call.channel_blocks;
 }
 
@@ -98,6 +102,7 @@ ConvCall conv_call(const Problem& p) {
   call.top = p.top, call.left = p.left;
   call.pointwise = call.taps == p.C && p.SH == 1 && p.SW == 1 && p.OH == p.H && p.OW == p.W &&
                    p.top == 0 && p.left == 0;
+  call.prefetch = call.pointwise;
   call.element = element_of(p.dtype);
   call.activation = p.activation;
   call.slope = p.slope;

@@ -73,10 +73,10 @@ Gain gain_of(const Sequence& s, int64_t begin, int64_t end, const std::vector<bo
   return gain;
 }
 
-void choose_groups(Schedule& schedule, const Sequence& s, int64_t images, int64_t threads) {
-  const auto count = static_cast<int64_t>(s.stages.size());
+void choose_groups(Schedule& schedule, const Sequence& s, int64_t threads) {
+  const auto [first, count, images] = schedule.segment;
   std::vector<bool> paired(s.stages.size());
-  for (int64_t i = 0; i + 1 < count; ++i) {
+  for (int64_t i = first; i + 1 < count; ++i) {
     if (!stage(s, i).feeds_block) continue;
     const auto at = static_cast<std::size_t>(i);
     schedule.pairs[at] =
@@ -84,9 +84,9 @@ void choose_groups(Schedule& schedule, const Sequence& s, int64_t images, int64_
     paired[at] = in_one_go(schedule.pairs[at], stage(s, i).pairing);
   }
   int64_t far_end = 0;  // no result from there on is large
-  for (int64_t i = 0; i < count; ++i)
+  for (int64_t i = first; i < count; ++i)
     if (result_bytes(stage(s, i)) > kFar) far_end = i + 1;
-  for (int64_t i = 0; i < count;) {
+  for (int64_t i = first; i < count;) {
     Group best{i, i + 1, 0};
     const bool planes = i == 0 && s.planes;
     std::vector<Step> steps;
@@ -114,14 +114,13 @@ void choose_groups(Schedule& schedule, const Sequence& s, int64_t images, int64_
 // Each value that leaves its group takes a slot that no value still in use holds; a scale may work
 // in place.
 void place(Schedule& schedule, const Sequence& s) {
-  const auto count = static_cast<int64_t>(s.stages.size());
   std::vector<int64_t> held;  // by slot: the last stage that uses what is in it
   for (const Group& group : schedule.groups) {
     const int64_t i = group.end - 1;
-    if (i + 1 == count) break;
+    if (i + 1 == schedule.segment.end) break;
     const Stage& last = stage(s, i);
-    const bool in_place =
-        last.kind == Kind::scale && last.other > 0 && stage(s, last.other - 1).last_use == i;
+    const bool in_place = last.kind == Kind::scale && last.other > schedule.segment.begin &&
+                          stage(s, last.other - 1).last_use == i;
     // A group reads its input until its end.
     const auto free = in_place
                           ? held.begin() + schedule.slot[static_cast<std::size_t>(last.other - 1)]
@@ -170,13 +169,39 @@ std::vector<Step> steps_of(const Sequence& sequence, int64_t begin, int64_t end,
   return steps;
 }
 
-Schedule schedule_of(const Sequence& sequence, int64_t images, int64_t threads) {
+Schedule schedule_of(const Sequence& sequence, const Segment& segment, int64_t threads) {
   Schedule schedule;
+  schedule.segment = segment;
   schedule.pairs.resize(sequence.stages.size());
   schedule.slot.resize(sequence.stages.size(), -1);
-  choose_groups(schedule, sequence, images, threads);
+  choose_groups(schedule, sequence, threads);
   place(schedule, sequence);
   return schedule;
+}
+
+std::vector<Segment> segments_of(const Sequence& sequence, int64_t images) {
+  constexpr int64_t kNear = 1 << 20;  // bytes that a stage may read and write
+  const auto count = static_cast<int64_t>(sequence.stages.size());
+  std::vector<int64_t> together(sequence.stages.size());
+  std::vector<bool> starts(sequence.stages.size());  // nothing from there on reads older values
+  int64_t fit = images, oldest = count;
+  for (int64_t i = count; i-- > 0;) {
+    const Stage& here = stage(sequence, i);
+    const Problem& p = here.p;
+    const int64_t bytes = p.C * p.H * p.W * size_of(p.dtype) + result_bytes(here);
+    while (fit > 1 && fit * bytes > kNear) fit /= 2;
+    together[static_cast<std::size_t>(i)] = fit;
+    if (here.other >= 0) oldest = std::min(oldest, here.other);
+    starts[static_cast<std::size_t>(i)] = oldest >= i;
+  }
+  std::vector<Segment> segments{{0, count, together[0]}};
+  for (int64_t i = 1; i < count; ++i) {
+    const auto at = static_cast<std::size_t>(i);
+    if (!starts[at] || together[at] < 2 * segments.back().images) continue;
+    segments.back().end = i;
+    segments.push_back({i, count, together[at]});
+  }
+  return segments;
 }
 
 }  // namespace mnet::cpu

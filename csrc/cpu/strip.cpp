@@ -49,8 +49,8 @@ Call part(Call call, const Rows& from, const Rows& to, int64_t oh, int64_t oh_en
   if constexpr (!std::is_same_v<Call, InterleaveCall>) {
     call.H -= first, call.top += first - oh * call.SH;
     call.stream = false;
+    call.prefetch = call.prefetch && !near;
   }
-  if constexpr (std::is_same_v<Call, DwconvCall>) call.prefetch = call.prefetch && !near;
   if constexpr (std::is_same_v<Call, ConvCall>) call.H = call.pointwise ? call.OH : call.H;
   return call;
 }

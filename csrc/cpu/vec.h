@@ -339,6 +339,20 @@ MNET_INLINE Vector<double> exponential(Vector<double> x) {
   return x;
 }
 
+// x / 6 for 0 <= x <= 6: the product with 1/6 and what is missing of it, exactly, where products
+// are added in one rounding, which leaves the same result as the division and takes a third of its
+// time.
+template <typename T>
+MNET_INLINE Vector<T> sixth(Vector<T> x) {
+#if defined(MNET_AVX512) || defined(MNET_AVX2) || defined(__aarch64__)
+  constexpr T kSixth = T(1) / 6;
+  const Vector<T> near = x * kSixth;
+  return (x - near * T(6)) * kSixth + near;
+#else
+  return x / T(6);
+#endif
+}
+
 template <typename T>
 MNET_INLINE Vector<T> activate(Activation activation, T slope, Vector<T> z) {
   switch (activation) {
@@ -346,19 +360,39 @@ MNET_INLINE Vector<T> activate(Activation activation, T slope, Vector<T> z) {
     case Activation::relu: return at_least<T>(z, 0);
     case Activation::relu6: return at_most<T>(at_least<T>(z, 0), 6);
     case Activation::leaky_relu: return z < T(0) ? z * slope : z;
-    case Activation::hardswish: return z * at_most<T>(at_least<T>(z + T(3), 0), 6) / T(6);
+    case Activation::hardswish: return z * sixth<T>(at_most<T>(at_least<T>(z + T(3), 0), 6));
     case Activation::silu: return z / (T(1) + exponential(-z));
-    case Activation::hardsigmoid: return at_most<T>(at_least<T>(z + T(3), 0), 6) / T(6);
+    case Activation::hardsigmoid: return sixth<T>(at_most<T>(at_least<T>(z + T(3), 0), 6));
   }
   return z;
+}
+
+// body(the activation as a constant): what loops over many vectors looks once which it is.
+template <Activation Value>
+struct ConstantActivation {
+  static constexpr Activation value = Value;
+};
+template <typename Body>
+MNET_INLINE void with_activation(Activation activation, const Body& body) {
+  switch (activation) {
+    case Activation::identity: return body(ConstantActivation<Activation::identity>{});
+    case Activation::relu: return body(ConstantActivation<Activation::relu>{});
+    case Activation::relu6: return body(ConstantActivation<Activation::relu6>{});
+    case Activation::leaky_relu: return body(ConstantActivation<Activation::leaky_relu>{});
+    case Activation::hardswish: return body(ConstantActivation<Activation::hardswish>{});
+    case Activation::silu: return body(ConstantActivation<Activation::silu>{});
+    case Activation::hardsigmoid: return body(ConstantActivation<Activation::hardsigmoid>{});
+  }
 }
 
 // The activation of a whole register tile: a kernel inlines the clamps (identity, relu, relu6) and
 // calls out for the others, which keeps a hundred unrolled kernels small.
 template <typename T, typename Call>
 static __attribute__((noinline)) void activate_tile(const Call& call, Vector<T>* tile, int count) {
-  for (int i = 0; i < count; ++i)
-    tile[i] = activate<T>(call.activation, static_cast<T>(call.slope), tile[i]);
+  const T slope = static_cast<T>(call.slope);
+  with_activation(call.activation, [&](auto activation) __attribute__((always_inline)) {
+    for (int i = 0; i < count; ++i) tile[i] = activate<T>(activation.value, slope, tile[i]);
+  });
 }
 
 // The same for vectors in registers: through a copy, since what has its address taken lives in
