@@ -73,11 +73,11 @@ BENCH = $(BIN)/python -m pytest --benchmark-enable --benchmark-only --benchmark-
 RESULTS = $(addprefix benchmarks/results/,cpu.json cpu-layers.json cpu-tuned-malloc.json)
 NEW ?= benchmarks/results/cpu.json
 bench: install $(VENV)/.bench-peers
-	@echo "== networks and pairs (ten minutes in all on two cores; keep the machine idle)"
-	@$(BENCH) benchmarks/test_networks.py benchmarks/test_pairs.py --minutes 6.5 \
-	  --benchmark-json=benchmarks/results/cpu.json
-	@echo "== layers"
-	@$(BENCH) benchmarks/test_layers.py --minutes 2 --benchmark-json=benchmarks/results/cpu-layers.json
+	@echo "== networks (twelve minutes in all on two cores; keep the machine idle)"
+	@$(BENCH) benchmarks/test_networks.py --minutes 7 --benchmark-json=benchmarks/results/cpu.json
+	@echo "== layers and pairs"
+	@$(BENCH) benchmarks/test_layers.py benchmarks/test_pairs.py --minutes 4 \
+	  --benchmark-json=benchmarks/results/cpu-layers.json
 	@echo "== the large batches again, with a malloc that keeps large blocks"
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 $(BENCH) benchmarks/test_networks.py \
 	  -k "32-float32" --minutes 1.5 --benchmark-json=benchmarks/results/cpu-tuned-malloc.json

@@ -111,6 +111,6 @@ def test_measured_with_example_inputs(tmp_path):
 
 def test_kinds_are_checked():
     rows = torch.tensor([[1, 8, 4, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, -1, 0]])
-    rows[0, KIND] = 6
-    with pytest.raises(RuntimeError, match="conv_sequence: stages: expected a kind from 0 to 5"):
+    rows[0, KIND] = 7
+    with pytest.raises(RuntimeError, match="conv_sequence: stages: expected a kind from 0 to 6"):
         torch.ops.mnet_kernels.conv_sequence(torch.ones(1, 8, 4, 4), rows, torch.zeros(999))

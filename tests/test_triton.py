@@ -31,8 +31,8 @@ RUNS = {
     "training": (("test_triton_training.py",), "0/1", ""),
     "separable, dense": (("test_triton_separable.py", "test_triton_conv.py"), "0/1", ""),
     "device": (("test_triton_device.py",), "0/1", ""),
-    "torch": (("test_triton_in_torch.py", "test_triton_pairs.py", "test_bad_input.py"), "0/1", ""),
-    "dense": (("test_triton_dense.py",), "0/1", ""),
+    "torch": (("test_triton_in_torch.py", "test_bad_input.py"), "0/1", ""),
+    "swap": (("test_triton_pairs.py", "test_triton_dense.py"), "0/1", ""),
 }
 
 
