@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from mnet_kernels import tracing
 from mnet_kernels.chains import Look
+from mnet_kernels.draft import Draft
 from mnet_kernels.nn import is_depthwise
 from mnet_kernels.plan import Call, Run, Site, Stage
 from mnet_kernels.probe import IDENTITY, Activation, activation_of, is_sigmoid
@@ -54,70 +55,6 @@ def find_runs(model: nn.Module, sites: list[Site], look: Look) -> dict[str, list
     return runs if any(stage.module in chained for run in every for stage in run.stages) else {}
 
 
-@dataclass
-class _Draft:
-    """A run so far. ``pooled`` are the values that have one pixel, ``channels`` those of each value
-    (None: not known yet), ``sizes`` numbers that are equal where height and width are."""
-
-    stages: list[Stage] = field(default_factory=list)
-    channels: list[int | None] = field(default_factory=lambda: [None])
-    sizes: list[int] = field(default_factory=lambda: [0])
-    pooled: set[int] = field(default_factory=set)
-    inert: list[str] = field(default_factory=list)
-    flat_input: bool = False
-    #: The latest value is (N, C).
-    flat: bool = False
-
-    @property
-    def latest(self) -> int:
-        return len(self.stages)
-
-    def copy(self) -> _Draft:
-        return replace(
-            self,
-            stages=[*self.stages],
-            channels=[*self.channels],
-            sizes=[*self.sizes],
-            pooled={*self.pooled},
-            inert=[*self.inert],
-        )
-
-    def convolve(
-        self, path: str, inputs: int, outputs: int, pooled: bool, keeps_size: bool = True
-    ) -> None:
-        self.channels = [inputs if c is None else c for c in self.channels]
-        self._add(Stage("conv", path), outputs, pooled, self.sizes[-1] if keeps_size else None)
-
-    def pool(self) -> None:
-        if self.latest not in self.pooled:
-            self._add(Stage("pool"), self.channels[-1], True)
-
-    def sigmoid(self) -> bool:
-        if self.latest in self.pooled:
-            self._add(Stage("sigmoid"), self.channels[-1], True, self.sizes[-1])
-        return self.latest in self.pooled
-
-    def scale(self, other: int) -> bool:
-        channels = self.channels[-1]
-        fits = channels is not None and self.channels[other] == channels
-        if fits:
-            self._add(Stage("scale", other=other), channels, False, self.sizes[other])
-        return fits
-
-    def _add(
-        self, stage: Stage, channels: int | None, pooled: bool, size: int | None = None
-    ) -> None:
-        self.stages.append(stage)
-        self.channels.append(channels)
-        self.sizes.append(self.latest if size is None else size)  # None: another one
-        if pooled:
-            self.pooled.add(self.latest)
-
-    def last_conv(self) -> Stage | None:
-        stage = self.stages[-1] if self.stages else None
-        return stage if stage is not None and stage.kind == "conv" else None
-
-
 class _Finder:
     def __init__(self, sites: dict[str, Site], quiet: set[str], look: Look) -> None:
         self.sites = sites
@@ -125,17 +62,17 @@ class _Finder:
         self.look = look
 
     def runs(self, owner: nn.Module, path: str) -> Iterator[Run]:
-        start, draft = 0, _Draft()
+        start, draft = 0, Draft()
         for i, (name, child) in enumerate([*owner._modules.items(), ("", None)]):
             longer = None if child is None else self._extended(draft, child, _join(path, name))
             if longer is None and child is not None and draft.stages:
                 yield from self._finished(draft, start, i, owner, path)
-                start, draft = i, _Draft()
+                start, draft = i, Draft()
                 longer = self._extended(draft, child, _join(path, name))
             elif child is None:
                 yield from self._finished(draft, start, i, owner, path)
             if longer is None:
-                start, draft = i + 1, _Draft()
+                start, draft = i + 1, Draft()
             else:
                 draft = longer
 
@@ -144,12 +81,12 @@ class _Finder:
         inner = [name for name in self.sites if name.startswith(path + "." if path else "")]
         if len(inner) < 2 or path in self.sites:
             return
-        draft = self._extended(_Draft(), owner, path)
+        draft = self._extended(Draft(), owner, path)
         if draft is not None:
             yield from self._finished(draft, 0, len(owner._modules), owner, path)
 
     def _finished(
-        self, draft: _Draft, start: int, stop: int, owner: nn.Module, path: str
+        self, draft: Draft, start: int, stop: int, owner: nn.Module, path: str
     ) -> Iterator[Run]:
         prefix = len(path) + 1 if path else 0
         names = [stage.module for stage in draft.stages if stage.module is not None]
@@ -172,7 +109,7 @@ class _Finder:
                 start, stop, tuple(draft.stages), tuple(draft.inert), draft.flat_input, draft.flat
             )
 
-    def _extended(self, draft: _Draft, module: nn.Module, path: str) -> _Draft | None:
+    def _extended(self, draft: Draft, module: nn.Module, path: str) -> Draft | None:
         """The draft with what a module does; None if that is more than a run can hold."""
         longer = draft.copy()
         if self.module(longer, module, path):
@@ -194,7 +131,7 @@ class _Finder:
             module.eval()
         return found[0] if found[0] == found[1] else None
 
-    def module(self, draft: _Draft, module: nn.Module, path: str) -> bool:
+    def module(self, draft: Draft, module: nn.Module, path: str) -> bool:
         """Extends a draft by what a module does to its latest value, if it knows it."""
         one_pixel = draft.latest in draft.pooled
         forward = type(module).forward
@@ -233,7 +170,7 @@ class _Finder:
             self.look.sigmoid(module) and draft.sigmoid()
         )
 
-    def linear(self, draft: _Draft, module: nn.Linear, path: str) -> bool:
+    def linear(self, draft: Draft, module: nn.Linear, path: str) -> bool:
         if draft.latest == 0:
             draft.flat = draft.flat_input = True
             draft.pooled.add(0)
@@ -243,13 +180,13 @@ class _Finder:
         return True
 
     @staticmethod
-    def flattened(draft: _Draft, dims: tuple[object, object]) -> bool:
+    def flattened(draft: Draft, dims: tuple[object, object]) -> bool:
         if draft.latest not in draft.pooled or dims not in ((1, -1), (1, 3)):
             return False
         draft.flat = True
         return True
 
-    def activated(self, draft: _Draft, activation: Activation | None) -> bool:
+    def activated(self, draft: Draft, activation: Activation | None) -> bool:
         """An activation goes to the plain convolution before it."""
         if activation == IDENTITY:
             return True
@@ -267,7 +204,7 @@ class _Reader:
     """Extends a draft by a traced forward."""
 
     def __init__(
-        self, finder: _Finder, draft: _Draft, modules: dict[str, nn.Module], path: str
+        self, finder: _Finder, draft: Draft, modules: dict[str, nn.Module], path: str
     ) -> None:
         self.finder = finder
         self.draft = draft
