@@ -151,6 +151,21 @@ def select(op: str, name: str | None, device: torch.device, dtype: torch.dtype) 
     return chosen
 
 
+@torch.compiler.assume_constant_result
+def has_kernel(op: str, backend: str) -> bool:
+    """Whether a fused backend has an operator of its own by this name."""
+    if backend == "triton":
+        return triton_operator(op) is not None
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mnet_kernels::{op}", backend.upper())
+
+
+def triton_operator(op: str) -> Any:
+    """The Triton backend's operator of this name, or None."""
+    from mnet_kernels.triton import operators  # importing triton takes a second
+
+    return getattr(operators, op, None)
+
+
 # What devices are there is nothing for torch.compile to trace.
 @torch.compiler.assume_constant_result
 def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:

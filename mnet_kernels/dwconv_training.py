@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -80,7 +79,7 @@ def dwconv_bn_act_training(
     if chosen == "native":
         return _native(x, weight, gamma, beta, running_mean, running_var, momentum, eps, *constants)
     if chosen == "triton":
-        operator = _triton()
+        operator = backends.triton_operator("dwconv_bn_act_training")
     else:
         eager = not torch.compiler.is_compiling() and batch_statistics.records_plainly(
             x, weight, gamma, beta
@@ -116,11 +115,6 @@ def _implemented(key: str) -> bool:
 @functools.cache
 def _has_kernel(key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"mnet_kernels::{_OP}", key)
-
-
-def _triton():
-    import_module("mnet_kernels.triton.operators")  # importing triton takes a second
-    return torch.ops.mnet_kernels.dwconv_bn_act_training_triton
 
 
 def _native(x, weight, gamma, beta, running_mean, running_var, momentum, eps, *constants) -> Tensor:

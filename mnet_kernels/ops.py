@@ -86,7 +86,7 @@ def dwconv_bn_act(
     if chosen in ("cpu", "cuda"):
         return _dwconv_bn_act(*args)
     if chosen == "triton":
-        return _triton("dwconv_bn_act")(*args)
+        return backends.triton_operator("dwconv_bn_act")(*args)
     return _native("dwconv_bn_act", 0, *args)
 
 
@@ -128,7 +128,7 @@ def conv_bn_act(
     if groups == 1 and not needs_grad and has_dense_kernel(chosen):
         args = (*tensors, stride, padding, dilation, activation, slope)
         if chosen == "triton":
-            return _triton("conv_bn_act")(*args)  # asks for TF32 by itself
+            return backends.triton_operator("conv_bn_act")(*args)  # asks for TF32 by itself
         tf32 = x.dtype == torch.float32 and registration.may_use_tf32()
         return _conv_bn_act(*args, tf32=tf32)
     return _native(
@@ -136,14 +136,9 @@ def conv_bn_act(
     )
 
 
-@torch.compiler.assume_constant_result
 def has_dense_kernel(backend: str) -> bool:
     """Whether :func:`conv_bn_act` is one kernel of a GPU backend: one group, no gradient."""
-    if backend == "triton":
-        return _triton("conv_bn_act") is not None
-    return backend == "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "mnet_kernels::conv_bn_act", "CUDA"
-    )
+    return backend in ("cuda", "triton") and backends.has_kernel("conv_bn_act", backend)
 
 
 def can_pack(x: Tensor, groups: int) -> bool:
@@ -229,13 +224,6 @@ def _native(op: str, groups: int, x: Tensor, weight: Tensor, *rest) -> Tensor:
         stride=_pair(stride), padding=explicit, dilation=_pair(dilation),
         groups=groups or x.shape[1], activation=activation, slope=slope,
     )  # fmt: skip
-
-
-def _triton(name: str) -> Any:
-    """An operator of the Triton backend, or None."""
-    from mnet_kernels.triton import operators  # importing triton takes a second
-
-    return getattr(operators, name, None)
 
 
 def _select(op: str, backend: str | None, x: Tensor) -> str:

@@ -118,27 +118,13 @@ def _reason(chosen: str, dtype: torch.dtype) -> str | None:
         return f"the cpu backend's {_OP} serves float32 and bfloat16, not {name}"
     if chosen == "cpu" and not ops.packs(dtype):
         return f"this processor's matrix tiles make PyTorch's own {name} product faster"
-    if chosen == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"mnet_kernels::{_OP}", "CUDA"
-    ):
-        return f"the cuda backend has no {_OP}"
-    if chosen == "triton" and _triton() is None:
-        return f"the triton backend has no {_OP}"
+    if chosen in ("cuda", "triton") and not backends.has_kernel(_OP, chosen):
+        return f"the {chosen} backend has no {_OP}"
     return None
 
 
-def _triton() -> Callable[..., Tensor] | None:
-    from mnet_kernels.triton import operators  # importing triton takes a second
-
-    return getattr(operators, _OP, None)
-
-
 def _operator(chosen: str) -> Callable[..., Tensor]:
-    if chosen != "triton":
-        return _separable_conv
-    operator = _triton()
-    assert operator is not None  # _reason has looked
-    return operator
+    return backends.triton_operator(_OP) if chosen == "triton" else _separable_conv
 
 
 def _native(*args: Any) -> Tensor:

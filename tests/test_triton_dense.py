@@ -12,7 +12,7 @@ import torch
 from test_sequences import image, randomize, unit
 from torch import nn
 
-from mnet_kernels import decisions, ops
+from mnet_kernels import backends, decisions, ops
 from mnet_kernels.nn import FusedConv2d, dense
 from mnet_kernels.swap import explain, swap
 
@@ -45,8 +45,8 @@ def calls(monkeypatch):
 
         return called
 
-    real = ops._triton
-    monkeypatch.setattr(ops, "_triton", spy)
+    real = backends.triton_operator
+    monkeypatch.setattr(backends, "triton_operator", spy)
     return seen
 
 

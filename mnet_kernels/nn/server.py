@@ -52,7 +52,9 @@ def dense_server(backend: str | None, preferred: str | None, place: str, dtype: 
     for name in (preferred, *usual):
         if name == FOLDED:
             break
-        there = name in ("cuda", "triton") and ops.has_dense_kernel(name)
-        if there and backends.why_not(name, device=device, dtype=dtype) is None:
+        if (
+            ops.has_dense_kernel(name)
+            and backends.why_not(name, device=device, dtype=dtype) is None
+        ):
             return name
     return FOLDED

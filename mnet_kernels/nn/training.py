@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mnet_kernels import backends
 from mnet_kernels.conv_training import conv_bn_act_training
 from mnet_kernels.dwconv_training import dwconv_bn_act_training
 from mnet_kernels.fold import statistics_of
@@ -130,13 +130,7 @@ def _as_pointwise(conv: FusedConv2d, x: Tensor, weight: Tensor) -> tuple[Tensor,
 
 def lacks(backend: str) -> str | None:
     """Why a backend has not the operator of training, or None."""
-    if backend == "triton":
-        import_module("mnet_kernels.triton.operators")
-        there = hasattr(torch.ops.mnet_kernels, "dwconv_bn_act_training_triton")
-    else:
-        there = torch._C._dispatch_has_kernel_for_dispatch_key(
-            "mnet_kernels::dwconv_bn_act_training", backend.upper()
-        )
+    there = backends.has_kernel("dwconv_bn_act_training", backend)
     return None if there else f"the {backend} backend was built without training"
 
 
