@@ -55,7 +55,7 @@ def _facts(shape: Shape, batch: int, dtype: str) -> _cuda.CallFacts:
     channels, height, width, kernel, stride, outputs, _ = shape
     return _cuda.facts_of_conv_call(
         [batch, channels, height, width], dtype, [outputs, channels, kernel, kernel], [stride],
-        [kernel // 2],
+        [kernel // 2], tf32=dtype == "float32" and may_use_tf32(),
     )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def _facts(shape: Shape, batch: int, dtype: str) -> _cuda.CallFacts:
     channels, height, width, kernel, stride, outputs, _ = shape
     return _cuda.facts_of_separable_call(
         [batch, channels, height, width], dtype, [channels, 1, kernel, kernel], outputs, [stride],
-        [kernel // 2],
+        [kernel // 2], tf32=dtype == "float32" and may_use_tf32(),
     )  # fmt: skip
 
 
