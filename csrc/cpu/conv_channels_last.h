@@ -123,6 +123,22 @@ MNET_INLINE Patches<Elem> patches_in_image(const ConvCall& call, int64_t pixel, 
           call.DH * call.W * call.C - row};
 }
 
+// What a task of so many tiles asks for besides its own weights: its share of what follows the call,
+// or the next block's pixels.
+template <typename Elem>
+MNET_INLINE Wanted later_of(const ConvCall& call, int64_t task, const Elem* image, int64_t count,
+                           int64_t tiles) {
+  const auto* from = reinterpret_cast<const char*>(image + count * call.C);
+  int64_t bytes = call.prefetch ? count * call.C * static_cast<int64_t>(sizeof(Elem)) : 0;
+  if (call.next_bytes > 0) {
+    const int64_t tasks = call.pixel_blocks * call.channel_blocks;
+    bytes = call.next_bytes / tasks;
+    from = static_cast<const char*>(call.next) + task * bytes;
+  }
+  const int64_t steps = tiles * steps_of<Elem>(call), step = (bytes + steps - 1) / steps;
+  return {from, step < kMostWanted ? step : kMostWanted};
+}
+
 template <typename Elem>
 static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scratch) {
   constexpr int V = kWidth<float>;
@@ -149,8 +165,10 @@ static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scr
     }
     const int64_t tiles = (count + kTilePixels - 1) / kTilePixels;
     const int64_t panels = (call.K + kPanel - 1) / kPanel;
+    const int64_t panel_begin = channels * panels / call.channel_blocks;
     const int64_t panel_end = (channels + 1) * panels / call.channel_blocks;
-    for (int64_t panel = channels * panels / call.channel_blocks; panel < panel_end; ++panel) {
+    Wanted later = later_of<Elem>(call, task, image, count, (panel_end - panel_begin) * tiles);
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const char* weight = static_cast<const char*>(call.weight) + panel * panel_bytes;
       const int64_t columns = call.K - panel * kPanel < kPanel ? call.K - panel * kPanel : kPanel;
       for (int64_t column = 0; column < columns; column += 2 * V) {
@@ -160,19 +178,22 @@ static void convolve(const ConvCall& call, int64_t begin, int64_t end, void* scr
         const int64_t channel = panel * kPanel + column;
         TileRun<Elem> run{{patches, stride, steps, 0},
                           weight + column * kStepBytes,
-                          panel_bytes,
                           channel,
                           static_cast<Elem*>(call.y) + first * call.K + channel,
                           last,
                           clamp,
                           0,
                           0,
-                          nullptr,
-                          0};
-        if (column == 0 && call.prefetch) {  // of the next block's pixels, a part
-          const int64_t part = count * call.C * static_cast<int64_t>(sizeof(Elem)) / panels;
-          run.later = reinterpret_cast<const char*>(image + count * call.C) + panel * part;
-          run.share = part / tiles;
+                          {{weight, 0}, {weight, 0}}};
+        if (column == 0) {
+          const char* next = weight + panel_bytes;
+          run.wanted[0] = {next, kMostWanted};
+          run.wanted[1] = {next + panel_bytes / 2, kMostWanted};
+          if (tiles > 1) {
+            run.wanted[0].step = (kPanel * kStepBytes + tiles - 1) / tiles;
+            run.wanted[1] = later;
+            later.at += tiles * steps * later.step;
+          }
         }
         // Tiles of as many pixels, then of one less.
         const int64_t most = (count + tiles - 1) / tiles, full = count - (most - 1) * tiles;

@@ -93,19 +93,25 @@ struct Patches {
   int64_t stride, row, jump;
 };
 
+// What is wanted later is asked for evenly, so many bytes a step: a burst would have to wait for
+// itself.
+constexpr int64_t kMostWanted = 64;
+struct Wanted {
+  const char* at;
+  int64_t step;
+};
+
 // Tiles one behind the other that have the same weights: a block's pixels in a panel, or some.
 template <typename Elem>
 struct TileRun {
   Patches<Elem> patches;  // of the first tile
   const char* weight;
-  int64_t panel_bytes;  // to the weights that are wanted next
-  int64_t channel;      // the first one
+  int64_t channel;  // the first one
   Elem* y;
   int lanes_in_last;  // channels of the last vector
   Clamp<float> clamp;
   int64_t begin, end;  // tiles, counted within the block
-  const char* later;   // what is wanted later, a share a tile
-  int64_t share;
+  Wanted wanted[2];
 };
 
 // A tile's sums, scaled and shifted, to y, where more is to be done than to clamp them.
@@ -160,9 +166,6 @@ static void conv_tiles(const ConvCall& call, TileRun<Elem>& state) {
     if (!streams)
       for (int p = 0; p < P; ++p)
         for (int v = 0; v < Vectors; ++v) __builtin_prefetch(run.y + p * K + v * V, 1, 3);
-    prefetch(run.later, run.share);
-    // The first tile asks for the next weights.
-    const int64_t ahead = run.begin == 0 ? run.panel_bytes : 0;
     const Patch<Elem>* first_tap = run.patches.first;
     int64_t k = 0, row_end = run.patches.row;
     for (;;) {
@@ -176,9 +179,9 @@ static void conv_tiles(const ConvCall& call, TileRun<Elem>& state) {
         [[maybe_unused]] const Step<Elem, HalfVector> last_half(
             run.weight + (k * kPanel + kFull * V) * kStepBytes);
         const Step<Elem> w[2] = {weights(0), weights(Vectors - 1)};
-        const char* later = run.weight + k * kPanel * kStepBytes + ahead;
-        __builtin_prefetch(later, 0, 2);
-        __builtin_prefetch(later + 64, 0, 2);
+        __builtin_prefetch(run.wanted[0].at, 0, 2);
+        __builtin_prefetch(run.wanted[1].at, 0, 2);
+        run.wanted[0].at += run.wanted[0].step, run.wanted[1].at += run.wanted[1].step;
 #pragma GCC unroll 16
         for (int p = 0; p < P; ++p) {
           const auto in = Step<Elem>::take(first_tap + p * run.patches.stride + k * kTaps);
@@ -233,7 +236,6 @@ static void conv_tiles(const ConvCall& call, TileRun<Elem>& state) {
     }
     run.patches.first += P * run.patches.stride;
     run.y += P * K;
-    run.later += run.share;
   }
   state = run;
 }

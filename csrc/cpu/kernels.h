@@ -88,6 +88,8 @@ struct ConvCall {
   bool stream;                           // as above; float32
   const void* residual;                  // added after the activation, laid out as y; or null
   int64_t pixel_blocks, channel_blocks;  // a task is one of each
+  const void* next;                      // what is wanted after this call, and how many bytes: they
+  int64_t next_bytes;                    // are asked for meanwhile; instead of `prefetch`
 };
 
 // The mean of every channel over an image's pixels, the sigmoid of every value, or every pixel

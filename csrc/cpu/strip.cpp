@@ -139,6 +139,9 @@ class Strips {
         [&](const auto& whole) {
           auto call = part(whole, from, to, to.end, end, k > 0);
           if constexpr (std::is_same_v<decltype(call), ConvCall>) {
+            const int64_t rows = whole.N * whole.OH, row = n * whole.OH + to.end;
+            call.next = static_cast<const char*>(call.next) + call.next_bytes * row / rows;
+            call.next_bytes = call.next_bytes * call.OH / rows;
             if (step.other >= 0)
               call.residual = values[static_cast<std::size_t>(step.other) + 1].at(to.end);
             else if (call.residual)
