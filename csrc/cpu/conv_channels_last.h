@@ -123,11 +123,11 @@ MNET_INLINE Patches<Elem> patches_in_image(const ConvCall& call, int64_t pixel, 
           call.DH * call.W * call.C - row};
 }
 
-// What a task of so many tiles asks for besides its own weights: its share of what follows the call,
-// or the next block's pixels.
+// What a task of so many tiles asks for besides its own weights: its share of what follows the
+// call, or the next block's pixels.
 template <typename Elem>
 MNET_INLINE Wanted later_of(const ConvCall& call, int64_t task, const Elem* image, int64_t count,
-                           int64_t tiles) {
+                            int64_t tiles) {
   const auto* from = reinterpret_cast<const char*>(image + count * call.C);
   int64_t bytes = call.prefetch ? count * call.C * static_cast<int64_t>(sizeof(Elem)) : 0;
   if (call.next_bytes > 0) {

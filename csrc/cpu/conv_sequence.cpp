@@ -57,23 +57,16 @@ class Run {
     return other < 0 ? nullptr : value(other);
   }
 
-  // Large weights of the next dense stage come from far, and are asked for while this one works.
-  void ask_for_next(ConvCall& call, int64_t i) const {
-    constexpr int64_t kLarge = 256 << 10;
-    while (++i < schedule_.segment.end) {
-      const Stage& stage = sequence_.stages[static_cast<std::size_t>(i)];
-      if (stage.kind != Kind::dense) continue;
-      const int64_t bytes = packed_bytes(stage.p);
-      if (bytes >= kLarge) call.next = stage.weight, call.next_bytes = bytes;
-      return;
-    }
+  void ask(ConvCall& call, int64_t i) const {
+    const Asked& asked = schedule_.asked[static_cast<std::size_t>(i)];
+    call.next = asked.from, call.next_bytes = asked.bytes;
   }
 
   void strips(const Group& group) const {
     std::vector<Step> steps = steps_of(sequence_, group.begin, group.end, images_);
     std::visit([&](auto& call) { call.x = value(group.begin); }, steps.front().call);
     std::visit([&](auto& call) { call.y = result(group.end - 1); }, steps.back().call);
-    if (auto* call = std::get_if<ConvCall>(&steps.back().call)) ask_for_next(*call, group.end - 1);
+    if (auto* call = std::get_if<ConvCall>(&steps.back().call)) ask(*call, group.end - 1);
     auto step = steps.rbegin();
     for (int64_t i = group.end; i-- > group.begin; ++step)
       if (auto* call = std::get_if<ConvCall>(&step->call); call && step->other < 0)
@@ -94,7 +87,7 @@ class Run {
       case Kind::dense: {
         ConvCall call = dense_call(sequence_, i, images_);
         call.x = value(i), call.y = result(i), call.residual = residual(i);
-        ask_for_next(call, i);
+        ask(call, i);
         return run_conv(call, p, threads_);
       }
       case Kind::pool: {

@@ -22,10 +22,17 @@ struct Segment {
   int64_t images;
 };
 
+// Weights that are asked for while an earlier stage works.
+struct Asked {
+  const char* from;
+  int64_t bytes;
+};
+
 struct Schedule {
   Segment segment;
   std::vector<Group> groups;
   std::vector<PairCost> pairs;  // by stage: the pair that begins there, if any
+  std::vector<Asked> asked;     // by stage
   std::vector<int64_t> slot;    // by stage: where its result goes; -1: to the caller, or no further
                                 // than its group
   std::vector<int64_t> slots;   // sizes in bytes, of one image
