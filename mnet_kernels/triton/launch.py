@@ -8,9 +8,12 @@ to torch.compile.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from mnet_kernels.backends import TRITON_INTERPRETED
 
@@ -39,11 +42,29 @@ class _Interpreted:
         return run
 
 
+class _Compiled:
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Callable) -> Callable:
+        def run(*args, **constants) -> None:
+            with device_of(args[0]):
+                torch.library.wrap_triton(self.kernel)[grid](*args, **constants)
+
+        return run
+
+
+def device_of(t: Any) -> AbstractContextManager:
+    """Triton starts a kernel on the current device, wherever its tensors are."""
+    traced = isinstance(t, FakeTensor | FunctionalTensor)
+    return torch.cuda.device_of(t) if t.is_cuda and not traced else nullcontext()
+
+
 wrap_triton: Callable
 operator: Callable
 if TRITON_INTERPRETED:
     wrap_triton = _Interpreted
     operator = torch.library.custom_op
 else:
-    wrap_triton = torch.library.wrap_triton
+    wrap_triton = _Compiled
     operator = torch.library.triton_op
