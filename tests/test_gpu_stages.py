@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -223,3 +224,62 @@ def test_when_time_is_short_nothing_is_compiled_and_nothing_repeated(gpu, monkey
     )
     assert gpu_measure.work("layers", 10, tmp_path / "rows.jsonl")
     assert made == [(0, ("compile",)), (1, ())]
+
+
+@pytest.fixture
+def on_the_cpu(gpu, monkeypatch):
+    """Triton's operators on CPU tensors, none of their kernels started."""
+    triton = pytest.importorskip("triton")
+    import gpu_networks
+    import gpu_timing
+    import gpu_triton
+
+    from mnet_kernels import backends, one_pass
+    from mnet_kernels.models import mobilenet_v1
+    from mnet_kernels.nn import server
+    from mnet_kernels.triton import launch
+
+    if launch.TRITON_INTERPRETED:
+        pytest.skip("the interpreter compiles nothing")
+    compiled = []
+
+    def warmup(self, *args, grid, **constants):
+        missing = set(self.arg_names[len(args) :]) - set(constants)
+        assert not missing, (self.__name__, missing)
+        compiled.append((self.__name__, tuple(sorted(constants.items()))))
+
+    caches = backends._first, server._found, server.dense_server
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setattr(triton.JITFunction, "warmup", warmup)
+    monkeypatch.setattr(gpu_timing, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_triton, "SIZE", 32)
+    monkeypatch.setattr(
+        gpu_triton, "networks", lambda: {"v1": lambda: mobilenet_v1(alpha=0.25, num_classes=10)}
+    )
+    monkeypatch.setattr(backends, "why_not", lambda *_, **__: None)
+    monkeypatch.setattr(one_pass, "TRITON_INTERPRETED", True)
+    assert gpu_networks.SIZE == 224
+    yield gpu_triton, compiled
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_triton_is_compiled_ahead_each_kernel_once(on_the_cpu):
+    gpu_triton, compiled = on_the_cpu
+    whole = gpu_triton.work(0, 1, 1000)
+    assert len(whole) == len(set(whole)) == len(compiled)
+    parts = [gpu_triton.work(i, 3, 1000) for i in range(3)]
+    assert sorted(itertools.chain(*parts)) == sorted(whole)
+    assert min(map(len, parts)) > len(whole) / 5
+    names = {name for name, _ in compiled}
+    assert names >= {"_forward", "_separable", "_conv", "_statistics", "_backward_conv"}
+    # Every layer of the plan, in both dtypes and layouts.
+    import gpu_layers
+
+    want = {(c, k, s) for row in gpu_layers.plan() for c, _, _, k, s, _ in [row[2]]}
+    for last in (True, False):
+        found = {(c["C"], c["KH"], c["SH"]) for name, pairs in compiled if name == "_forward"
+                 for c in [dict(pairs)] if c["CHANNELS_LAST"] is last}  # fmt: skip
+        assert found >= want
+    assert gpu_triton.work(0, 1, -1) == []

@@ -247,6 +247,24 @@ def test_torch_compile_sees_the_kernels_of_training_of_a_pair_and_of_the_dense()
 
 
 @traced
+def test_a_triton_op_of_any_torch_has_our_schema(monkeypatch):
+    """Before 2.14 it inferred one from annotations, and there are none."""
+    from mnet_kernels.triton import launch
+
+    def triton_op(name, *, mutates_args, schema=None):
+        return lambda function: torch._library.triton.infer_schema(
+            function, mutates_args=mutates_args
+        )
+
+    schema = "(Tensor x, int[2] stride) -> Tensor"
+    operator = torch._library.triton.infer_schema
+    monkeypatch.setattr(torch.library, "triton_op", triton_op)
+    made = launch._operator("mnet_kernels::none", mutates_args=(), schema=schema)
+    assert made(lambda x, stride: x) == schema
+    assert torch._library.triton.infer_schema is operator
+
+
+@traced
 def test_kernels_start_on_the_device_of_their_tensors(monkeypatch):
     """Not on the current one; while torch traces, nothing starts."""
     from mnet_kernels.triton import dwconv_bn_act, launch

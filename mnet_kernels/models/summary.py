@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.box import Box
     from rich.console import Group
 
+
 @dataclass(frozen=True)
 class LayerRow:
     """One layer. ``output_shape`` is in torch's order, None for the batch; None if never called."""

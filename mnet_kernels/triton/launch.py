@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses import FakeTensor
@@ -54,6 +55,17 @@ class _Compiled:
         return run
 
 
+def _operator(name: str, *, mutates_args: tuple[str, ...], schema: str) -> Callable:
+    """torch.library.triton_op, which before torch 2.14 takes a schema but uses one that it infers
+    from annotations; and these cannot say that an int stands for a pair."""
+
+    def register(function: Callable) -> Callable:
+        with mock.patch("torch._library.triton.infer_schema", lambda *_, **__: schema):
+            return torch.library.triton_op(name, mutates_args=mutates_args, schema=schema)(function)
+
+    return register
+
+
 def device_of(t: Any) -> AbstractContextManager:
     """Triton starts a kernel on the current device, wherever its tensors are."""
     traced = isinstance(t, FakeTensor | FunctionalTensor)
@@ -67,4 +79,4 @@ if TRITON_INTERPRETED:
     operator = torch.library.custom_op
 else:
     wrap_triton = _Compiled
-    operator = torch.library.triton_op
+    operator = _operator
