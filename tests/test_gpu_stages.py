@@ -226,6 +226,22 @@ def test_when_time_is_short_nothing_is_compiled_and_nothing_repeated(gpu, monkey
     assert made == [(0, ("compile",)), (1, ())]
 
 
+def test_it_asks_for_no_more_packages_than_it_says(stages):
+    """CONTRIBUTING: nvcc, a CUDA torch, setuptools, ninja and pytest."""
+    others = ("rich", "click", "hypothesis", "PIL", "pytest_benchmark", "torchvision", "timm")
+    modules = ("timing", "errors", "layers", "networks", "fused", "triton", "training", "measure")
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({others}))\n"
+        f"sys.path[:0] = ['benchmarks', 'tests']\n"
+        "import importlib\n"
+        f"for name in {modules}: importlib.import_module('gpu_' + name)\n"
+        "import gpu, conftest, test_cuda, test_cuda_separable, test_triton_device\n"
+        "print(sorted(sys.modules['gpu_networks'].networks()))\n"
+    )
+    status, output = stages.run([sys.executable, "-c", program], 60)
+    assert status == 0 and "mobilenet_v2 is left out" in output and "['mobilenet_v1']" in output
+
+
 @pytest.fixture
 def on_the_cpu(gpu, monkeypatch):
     """Triton's operators on CPU tensors, none of their kernels started."""
