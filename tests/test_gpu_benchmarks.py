@@ -4,6 +4,7 @@ shapes, plain calls in place of graphs, and the reference in place of the kernel
 from __future__ import annotations
 
 import copy
+import json
 import sys
 import time
 from pathlib import Path
@@ -269,6 +270,41 @@ def test_networks(gpu, monkeypatch):
     stage = {"networks": {"passed": True, "rows": [row]}}
     table = gpu.table({"environment": FACTS, "stages": stage})
     assert "| mobilenet_v1, 2, float32 | ours channels_last, triton |" in table
+
+
+def test_a_way_that_fails_costs_itself_alone(gpu, monkeypatch):
+    """A wrong one of ours is told; a peer that cannot is left out; a lost device is the row's."""
+    import gpu_networks
+    import gpu_timing
+
+    def swap(model, backend=None):
+        def fails(x):
+            raise RuntimeError("no kernel")
+
+        return fails if backend == "triton" else mnet_kernels.swap(model)
+
+    monkeypatch.setattr(gpu_networks, "swap", swap)
+    with torch.no_grad():
+        row = gpu_networks.network_row("mobilenet_v1", 2, "float32", ())
+    assert row["error"]["ours channels_last, triton"] is None and not row["ours_correct"]
+    assert "ours channels_last, triton" not in row["images_per_s"] and len(row["ms"]) == 4
+
+    def lost(x):
+        raise torch.AcceleratorError("illegal memory access")
+
+    race = gpu_timing.Race(lambda name, y: (0.0 if name != "ours nan" else float("nan"), True))
+    x = torch.randn(2, 3)
+    race.add("ours", torch.clone, [x])
+    race.add("ours nan", torch.clone, [x])
+    race.add("ours broken", lambda x: x @ x, [x])
+    race.add("peer", torch.clone, [x])
+    race.add("broken peer", lambda x: x @ x, [x])
+    with pytest.raises(torch.AcceleratorError):
+        race.add("another", lost, [x])
+    _, told = race.run(24, 1, called=True)
+    assert told["error"] == {"ours": 0.0, "ours nan": None, "ours broken": None, "peer": 0.0}
+    assert not told["ours_correct"] and told["best_peer"] == "peer"
+    json.dumps(told, allow_nan=False)
 
 
 # ---- what is wrong and what is only rounded ----

@@ -209,6 +209,16 @@ def test_a_lost_device_costs_its_row(gpu, stages, monkeypatch, tmp_path, capsys)
     assert len(stages.rows_of(rows)) == 5
 
 
+def test_a_stage_that_came_to_nothing_is_left_out(stages, monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    (tmp_path / "build").mkdir()
+    monkeypatch.setattr(stages, "run", lambda *_, **__: (None, "compiling"))
+    assert stages.measured("layers", 100)["left_out"] == "out of time"
+    monkeypatch.setattr(stages, "run", lambda *_, **__: (1, "ImportError"))
+    stage = stages.measured("layers", 100)
+    assert not stage["passed"] and stage["tail"] == "ImportError"
+
+
 def test_when_time_is_short_nothing_is_compiled_and_nothing_repeated(gpu, monkeypatch, tmp_path):
     import gpu_measure
 
