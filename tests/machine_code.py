@@ -256,12 +256,12 @@ def _loops(code: Code) -> Iterator[Code]:
         after[i] += following
         for to in following:
             before[to].append(i)
-    switch = 0
-    for i, (_, operation, _) in enumerate(code):
-        if i > 0 and not before[i]:  # a case of the switch above
+    switches = [i for i, (_, operation, _) in enumerate(code) if operation == "BRX"]
+    for i in range(1, len(code)):
+        if switches and not before[i]:  # a case of the switch above, or else of the first
+            switch = max((s for s in switches if s < i), default=switches[0])
             after[switch].append(i)
             before[i].append(switch)
-        switch = i if operation == "BRX" else switch
 
     def reached(start: int, steps: list[list[int]], stop: int | None = None) -> set[int]:
         found, left = {start}, [start]
