@@ -134,17 +134,26 @@ class Build(BuildExtension):
         super().run()
 
     def build_extensions(self):
-        for extension in self.extensions:
-            if extension.name == "mnet_kernels._cuda":
-                architectures = nvcc.architectures(self.in_place)
-                extension.define_macros.append(
-                    ("MNET_CUDA_ARCHITECTURES", f'"{" ".join(architectures)}"')
-                )
-                directory = Path(self.build_temp).resolve() / "cuda"
-                objects = nvcc.compile(CUDA_SOURCES, directory, architectures)
-                extension.extra_objects += objects
-                extension.depends += objects
-        super().build_extensions()
+        """nvcc works beside the C++ compiler: with many cores both wait for their longest file."""
+        with ThreadPoolExecutor(1) as beside:
+            for extension in self.extensions:
+                if extension.name == "mnet_kernels._cuda":
+                    architectures = nvcc.architectures(self.in_place)
+                    extension.define_macros.append(
+                        ("MNET_CUDA_ARCHITECTURES", f'"{" ".join(architectures)}"')
+                    )
+                    directory = Path(self.build_temp).resolve() / "cuda"
+                    self.objects = beside.submit(
+                        nvcc.compile, CUDA_SOURCES, directory, architectures
+                    )
+            super().build_extensions()
+
+    def build_extension(self, extension):
+        if extension.name == "mnet_kernels._cuda":
+            objects = self.objects.result()
+            extension.extra_objects += objects
+            extension.depends += objects
+        super().build_extension(extension)
 
 
 nvcc, why_no_cuda = Nvcc.find()

@@ -8,15 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_fused import Shape, Subject
+from gpu_fused import WITHOUT_TF32, Shape, Subject
 from gpu_fused import row as fused_row
-from gpu_measure import Layer
+from gpu_timing import DEVICE, Layer
 from peers import LAST
 from shapes import shapes
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from mnet_kernels import _cuda
+from mnet_kernels import _cuda, backends
 from mnet_kernels.fold import fold
 from mnet_kernels.registration import may_use_tf32
 
@@ -39,9 +39,19 @@ def ours(module: nn.Sequential, dtype: torch.dtype) -> dict[str, Layer]:
             x, conv.weight, *affine, list(conv.stride), list(conv.padding), [1], "relu6", 0.0, tf32
         )
 
+    def triton(x: Tensor) -> Tensor:
+        from mnet_kernels.triton.operators import conv_bn_act
+
+        return conv_bn_act(
+            x, conv.weight, *affine, list(conv.stride), list(conv.padding) * 2, [1, 1], "relu6",
+            0.0,
+        )  # fmt: skip
+
     ways: dict[str, Layer] = {"ours": partial(one_pass, tf32=may_use_tf32())}
     if dtype == torch.float32:
-        ways["ours, without TF32"] = partial(one_pass, tf32=False)
+        ways[WITHOUT_TF32] = partial(one_pass, tf32=False)
+    if backends.why_not("triton", device=DEVICE, dtype=dtype) is None:
+        ways["ours, triton"] = triton
     return ways
 
 
@@ -63,8 +73,9 @@ row = partial(fused_row, Subject("conv", layer, ours, native, _facts, _cuda.forc
 
 
 def plan() -> list[tuple[Any, ...]]:
-    """Arguments of `row`, the rows that matter most first."""
-    layers, both = shapes("mobilenet_v2_dense"), ("compile", "max-autotune")
-    rows = [(s, 256, "bfloat16", both) for s in layers]
-    rows += [(s, 1, "bfloat16", ("compile",)) for s in layers]
-    return rows + [(s, batch, "float32", ("compile",)) for batch in (256, 1) for s in layers]
+    """(function, its arguments), the rows that matter most first."""
+    layers, one = shapes("mobilenet_v2_dense"), ("compile",)
+    rows = [(s, batch, "bfloat16", one) for batch in (256, 1) for s in layers]
+    rows += [(s, batch, "float32", one) for batch in (256, 1) for s in layers]
+    rows += [(s, 256, "bfloat16", ("compile", "max-autotune")) for s in layers]  # one peer more
+    return [(row, *arguments) for arguments in rows]

@@ -1,27 +1,17 @@
 """A row of `make gpu` for an operator that fuses several modules (gpu_separable.py, gpu_conv.py):
-ours, each of its kernels, and plain PyTorch; timed as gpu_measure times layers."""
+ours, each of its kernels, and plain PyTorch; timed as gpu_timing.py says."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
+import gpu_timing
 import torch
-from gpu_measure import (
-    DEVICE,
-    DTYPES,
-    LAYOUTS,
-    MOST_INPUTS,
-    ROTATED_BYTES,
-    TOLERANCE,
-    Layer,
-    device_times,
-    engine,
-    graph_of,
-)
+from gpu_errors import allowed
+from gpu_timing import DTYPES, LAYOUTS, Layer, Race, Row, beside, engine, inputs_for, judge
 from peers import compiled
 from torch import Tensor, nn
 
@@ -31,6 +21,8 @@ from mnet_kernels.timing import ratio
 
 #: channels, height, width, kernel, stride, outputs, times in the network.
 Shape = tuple[int, ...]
+#: A way of ours, of float32.
+WITHOUT_TF32 = "ours, without TF32"
 
 
 @dataclass(frozen=True)
@@ -40,8 +32,7 @@ class Subject:
     Args:
         name: of the table's first column.
         module: what a shape stands for, in plain PyTorch.
-        ours: ways of ours by name, "ours" the operator itself, which "ours, triton" may be absent
-            from without being wrong.
+        ours: ways of ours by name, "ours" the operator itself; "ours, triton" need not be there.
         native: plain PyTorch without torch.compile.
         facts: of a call (shape, batch, dtype); force: makes the operator take a kernel by name.
     """
@@ -54,55 +45,42 @@ class Subject:
     force: Callable[[str], None]
 
 
-def row(
-    subject: Subject, shape: Shape, batch: int, dtype: str, modes: tuple[str, ...]
-) -> dict[str, Any]:
+def row(subject: Subject, shape: Shape, batch: int, dtype: str, modes: tuple[str, ...]) -> Row:
     """Ours and every peer on one shape."""
     channels, height, width, *_, count = shape
+    device, numbers = gpu_timing.DEVICE, DTYPES[dtype]
     torch.manual_seed(1)
-    wide = subject.module(shape).eval()
-    randomise_batchnorm(wide, torch.randn(2, channels, height, width), 0)
-    module = copy.deepcopy(wide).to(DEVICE, DTYPES[dtype])
-    first = torch.randn(batch, channels, height, width, device=DEVICE).to(DTYPES[dtype])
+    module = subject.module(shape).eval()
+    randomise_batchnorm(module, torch.randn(2, channels, height, width), 0)
+    module = module.to(device, numbers)
+    first = torch.randn(batch, channels, height, width, device=device).to(numbers)
     some = slice(None, None, max(1, batch - 1))  # the first image and the last
-    exact = copy.deepcopy(module).double()(first[some].double())
+    wide, seen = copy.deepcopy(module).double(), first[some].double()
+    exact = wide(seen)
     nbytes = first.nbytes + batch * exact[0].numel() * first.element_size()
-    number = min(MOST_INPUTS, max(2, -(-ROTATED_BYTES // nbytes)))
+    number = inputs_for(nbytes)
     facts = subject.facts(shape, batch, dtype)
 
     # Peers multiply as cuDNN's flag says, and so do ours.
-    tolerance = 2e-3 if dtype == "float32" and may_use_tf32() else TOLERANCE[dtype]
+    tf32 = dtype == "float32" and may_use_tf32()
+    room = {flag: allowed(wide, seen, numbers, flag) for flag in {False, tf32}}
 
-    graphs: dict[str, Callable[[], object]] = {}
-    calls: dict[str, Callable[[], object]] = {}
-    errors: dict[str, float] = {}
+    def room_of(name: str) -> Tensor:
+        return room[tf32 and name != WITHOUT_TF32]
 
-    def add(name: str, way: Layer, inputs: list[Tensor], kept: bool = True) -> None:
-        replay, y = graph_of(way, inputs)
-        replay()
-        errors[name] = ((y[some].double() - exact).abs().max() / exact.abs().max()).item()
-        if errors[name] <= (tolerance if name.startswith("ours") else 5e-2):
-            graphs[name] = replay
-            if kept:
-                calls[name] = partial(way, inputs[0])
-
+    race = Race(judge(exact, room_of, some))
     for layout, memory_format in LAYOUTS.items():
         inputs = [first.to(memory_format=memory_format)]
         inputs += [inputs[0].clone() for _ in range(number - 1)]
         laid_out = copy.deepcopy(module).to(memory_format=memory_format)
         with engine("cudnn"):
             for name, way in subject.native(laid_out).items():
-                add(f"{name} {layout}", way, inputs)
+                race.add(f"{name} {layout}", way, inputs)
             if layout == "contiguous":
                 continue
-            for name, way in subject.ours(laid_out, DTYPES[dtype]).items():
-                try:
-                    add(name, way, inputs)
-                except Exception as error:
-                    if name != "ours, triton":  # without which the others still count
-                        raise
-                    errors[name] = float("inf")
-                    print(f"{name}: {type(error).__name__}: {error}")
+            ways = subject.ours(laid_out, numbers)
+            for name, way in ways.items():
+                race.add(name, way, inputs)
             for mode in modes:
                 torch._dynamo.reset()
                 run = compiled(
@@ -110,55 +88,45 @@ def row(
                     None if mode == "compile" else "max-autotune-no-cudagraphs",
                 )  # fmt: skip
                 if run is not None:
-                    add(mode, run, inputs)
-        one_pass = subject.ours(laid_out, DTYPES[dtype])["ours"]
+                    race.add(mode, run, inputs)
         for variant in facts.able:
             subject.force(variant)
             try:
-                add(f"ours, {variant}", one_pass, inputs, kept=False)
+                race.add(f"ours, {variant}", ways["ours"], inputs, called=False)
             finally:
                 subject.force("")
 
-    half = [torch.empty(nbytes // 2, dtype=torch.uint8, device=DEVICE) for _ in range(number)]
-    graphs["copy"], _ = graph_of(torch.clone, half)
-    with engine("cudnn"):
-        times = device_times(graphs, number)
-        plain = device_times(calls, 1, lead=False) if batch <= 32 else {}
-    peers = [n for n in times if not n.startswith("ours") and n != "copy"]
-    best = min(peers, key=lambda name: times[name].median)
+    times, told_of = race.run(nbytes, number, called=batch <= 32)
     told = ("variant", "able", "blocks", "threads", "shared_bytes", "registers", "blocks_per_sm")
     # Of the last convolution, which has nearly all of them.
     depth = [m for m in module if isinstance(m, nn.Conv2d)][-1].weight[0].numel()
-    result: dict[str, Any] = {
-        "shape": list(shape[:6]), "count": count, "batch": batch, "dtype": dtype, "bytes": nbytes,
-        "multiply_adds": batch * exact[0].numel() * depth, "best_peer": best,
+    result = {
+        "shape": list(shape[:6]), "count": count, "batch": batch, "dtype": dtype,
+        "multiply_adds": batch * exact[0].numel() * depth,
         "kernel": {name: getattr(facts, name) for name in told},
-        "us": {n: s.summary(1e-6) for n, s in times.items()},
-        "call_us": {n: s.summary(1e-6) for n, s in plain.items()}, "error": errors,
-        "ours_correct": all(n in graphs for n in errors if n.startswith("ours")),
-    }  # fmt: skip
+    } | told_of  # fmt: skip
     if "ours" in times:
-        result["fraction_of_copy"] = times["copy"].median / times["ours"].median
-        result["against_best_peer"] = ratio(times[best], times["ours"]).summary()
+        result |= beside(times, "ours", told_of["best_peer"])
         if "ours in two passes" in times:
-            result["against_two_passes"] = ratio(
-                times["ours in two passes"], times["ours"]
-            ).summary()
+            apart = ratio(times["ours in two passes"], times["ours"])
+            result["against_two_passes"] = apart.summary()
     return result | {"table": cells(subject.name, result)}
 
 
-def cells(subject: str, told: dict[str, Any]) -> dict[str, str]:
+def cells(subject: str, told: Row) -> dict[str, str]:
     """A row as gpu.py prints it: column to cell, losses marked."""
     channels, height, _, *others = told["shape"]
     shape = ", ".join(map(str, (channels, height, *others)))
     medians = {name: f"{spread['median']:.1f}" for name, spread in told["us"].items()}
+
+    def time_of(way: str) -> str:
+        return medians.get(way, "WRONG" if way in told["error"] else "-")
+
     result = {
         f"{subject}: C, H, kernel, stride, K": shape,
         "batch": str(told["batch"]), "dtype": told["dtype"], "best peer": told["best_peer"],
         "µs": medians[told["best_peer"]],
-        "ours in two passes": medians.get("ours in two passes", "WRONG or not there"),
-        "ours, triton": medians.get("ours, triton", "WRONG or not there"),
-        "ours": medians.get("ours", "WRONG"),
+        **{way: time_of(way) for way in ("ours in two passes", "ours, triton", "ours")},
         "of copy": f"{told['fraction_of_copy']:.0%}" if "fraction_of_copy" in told else "-",
     }  # fmt: skip
     for name in ("against_best_peer", "against_two_passes"):

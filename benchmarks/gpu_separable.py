@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_fused import Shape, Subject
+from gpu_fused import WITHOUT_TF32, Shape, Subject
 from gpu_fused import row as fused_row
-from gpu_measure import Layer
+from gpu_timing import DEVICE, Layer
 from peers import LAST
 from shapes import shapes
 from torch import Tensor, nn
@@ -69,8 +69,8 @@ def ours(module: nn.Sequential, dtype: torch.dtype) -> dict[str, Layer]:
         "ours": partial(one_pass, tf32=may_use_tf32()), "ours in two passes": two_passes
     }  # fmt: skip
     if dtype == torch.float32:
-        ways["ours, without TF32"] = partial(one_pass, tf32=False)
-    if backends.why_not("triton", device="cuda", dtype=dtype) is None:
+        ways[WITHOUT_TF32] = partial(one_pass, tf32=False)
+    if backends.why_not("triton", device=DEVICE, dtype=dtype) is None:
         ways["ours, triton"] = triton
     return ways
 
@@ -97,9 +97,12 @@ row = partial(
 
 
 def plan() -> list[tuple[Any, ...]]:
-    """Arguments of `row`, the rows that matter most first."""
-    blocks, both = shapes("mobilenet_v1_blocks"), ("compile", "max-autotune")
-    rows = [(s, 256, "bfloat16", both) for s in blocks]
-    rows += [(s, batch, "bfloat16", ("compile",)) for batch in (1, 32) for s in blocks]
-    rows += [(s, batch, "float32", ()) for batch in (256, 1, 32) for s in blocks]
-    return rows + [(s, batch, "float16", ()) for batch in (256, 1, 32) for s in blocks]
+    """(function, its arguments), the rows that matter most first."""
+    blocks, one, both = shapes("mobilenet_v1_blocks"), ("compile",), ("compile", "max-autotune")
+    rows = [(s, batch, "bfloat16", one) for batch in (256, 1) for s in blocks]
+    rows += [(s, 256, "float32", ()) for s in blocks]
+    rows += [(s, 256, "bfloat16", both) for s in blocks]  # again, with one peer more
+    rows += [(s, 32, "bfloat16", one) for s in blocks]
+    rows += [(s, batch, "float32", ()) for batch in (1, 32) for s in blocks]
+    rows += [(s, batch, "float16", ()) for batch in (256, 1, 32) for s in blocks]
+    return [(row, *arguments) for arguments in rows]

@@ -17,6 +17,7 @@ def table(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     for name, stage in stages.items():
         verdict = stage.get("left_out") or ("passed" if stage["passed"] else "FAILED")
+        verdict += ", out of time" if stage.get("out_of_time") else ""
         lines.append(f"- {name}: {verdict} {stage.get('counts', '')}")
     layers = stages.get("layers", {}).get("rows", [])
     lines += _goals(layers) + _layers(layers)

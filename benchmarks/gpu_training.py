@@ -1,5 +1,5 @@
 """What `make gpu` times of training on a device: depthwise layers forward and backward, and whole
-training steps with their memory, ours beside plain PyTorch. How: gpu_measure.py.
+training steps with their memory, ours beside plain PyTorch. How: gpu_timing.py.
 
 The bytes of a layer are those of five passes over memory: the convolution with its statistics, and
 with its output; the backward's sums, its dconv and weight gradient with dx: five times x and three
@@ -13,25 +13,24 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import gpu_measure
+import gpu_networks
+import gpu_timing
 import torch
-from gpu_measure import DTYPES, LAYOUTS, MOST_INPUTS, ROTATED_BYTES, engine
+from gpu_timing import DTYPES, LAYOUTS, Race, Row, beside, engine, inputs_for
 from shapes import shapes
 from torch import Tensor, nn
 
 import mnet_kernels
 from mnet_kernels import backends, models, swap
-from mnet_kernels.timing import Spread, ratio
 
-_Row = dict[str, Any]
 #: |error| / |gradient| in the norm that is no longer rounding.
 TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-4, "float16": 5e-3}
-NAMES = ("y", "dx", "dweight", "dgamma", "dbeta")
+PEERS = 0.1
 Results = tuple[Tensor, ...]
 
 
 def backends_of_ours() -> list[str]:
-    device = gpu_measure.DEVICE
+    device = gpu_timing.DEVICE
     return [n for n in ("cuda", "triton") if backends.why_not(n, device=device) is None]
 
 
@@ -87,19 +86,23 @@ def off(found: Results, exact: Results) -> float:
 @torch.enable_grad()
 def layer_row(
     model: str, shape: tuple[int, ...], batch: int, dtype: str, modes: tuple[str, ...]
-) -> _Row:
+) -> Row:
     """Forward and backward of ours (each backend, both layouts) and every peer, on one layer."""
     channels, height, width, *_, count = shape
     torch.manual_seed(1)
-    native = Layer(shape).to(gpu_measure.DEVICE)
-    x = torch.randn(batch, channels, height, width, device=gpu_measure.DEVICE).to(DTYPES[dtype])
+    native = Layer(shape).to(gpu_timing.DEVICE)
+    x = torch.randn(batch, channels, height, width, device=gpu_timing.DEVICE).to(DTYPES[dtype])
     with torch.no_grad():
         dy = torch.randn_like(native(x))
     exact = exact_step(native, x, dy)
     nbytes = 5 * x.nbytes + 3 * dy.nbytes
-    number = min(MOST_INPUTS, max(2, -(-ROTATED_BYTES // (x.nbytes + dy.nbytes))))
-    graphs: dict[str, Callable[[], object]] = {}
-    errors: dict[str, float] = {}
+    number = inputs_for(x.nbytes + dy.nbytes)
+
+    def judge(name: str, found: Results) -> tuple[float, bool]:
+        error = off(found, exact)
+        return error, error <= (TOLERANCE[dtype] if name.startswith("ours") else PEERS)
+
+    race = Race(judge)
 
     def add(name: str, way: Callable[[Tensor], Tensor], layer: Layer, layout: str) -> None:
         memory_format = LAYOUTS[layout]
@@ -107,11 +110,7 @@ def layer_row(
         inputs = [x.to(memory_format=memory_format).detach().requires_grad_()]
         inputs += [inputs[0].detach().clone().requires_grad_() for _ in range(number - 1)]
         step = partial(step_of, way, list(layer.parameters()), gradient)
-        replay, found = gpu_measure.graph_of(step, inputs)
-        replay()
-        errors[name] = off(found, exact)
-        if errors[name] <= (TOLERANCE[dtype] if name.startswith("ours") else 0.1):
-            graphs[name] = replay
+        race.add(name, step, inputs)
 
     for layout, memory_format in LAYOUTS.items():
         for backend in backends_of_ours():
@@ -128,55 +127,28 @@ def layer_row(
             options = None if mode == "compile" else "max-autotune-no-cudagraphs"
             with engine("cudnn"):
                 run = torch.compile(peer, dynamic=False, mode=options)
-                try:
-                    add(f"{mode} {layout}", run, peer, layout)
-                except Exception as error:  # whatever the compiler throws
-                    print(f"{mode} is left out: {type(error).__name__}: {error}")
-    half = [
-        torch.empty(nbytes // 2, dtype=torch.uint8, device=gpu_measure.DEVICE) for _ in range(2)
-    ]
-    graphs["copy"], _ = gpu_measure.graph_of(torch.clone, half)
-    return finished(
-        {"model": model, "shape": list(shape[:5]), "count": count, "batch": batch, "dtype": dtype,
-         "bytes": nbytes, "error": errors},
-        gpu_measure.device_times(graphs, number), number, graphs,
-    )  # fmt: skip
-
-
-def finished(
-    row: _Row, times: dict[str, Spread], number: int, graphs: dict[str, Callable[[], object]]
-) -> _Row:
-    """The row with what follows from the times."""
-    copied = Spread(tuple(s * number / 2 for s in times["copy"].samples))  # two parts, not `number`
-    times = times | {"copy": copied}
-    peers = [name for name in times if not name.startswith("ours") and name != "copy"]
-    best = min(peers, key=lambda name: times[name].median)
-    ours = [name for name in times if name.startswith("ours")]
-    return row | {
-        "best_peer": best,
-        "us": {name: spread.summary(1e-6) for name, spread in times.items()},
-        "ours_correct": all(n in graphs for n in row["error"] if n.startswith("ours")),
-        "ours": {
-            name: {
-                "fraction_of_copy": copied.median / times[name].median,
-                "against_best_peer": ratio(times[best], times[name]).summary(),
-            }
-            for name in ours
-        },
-    }
+                add(f"{mode} {layout}", run, peer, layout)
+    times, told = race.run(nbytes, number, called=False)
+    del told["call_us"]
+    return {
+        "model": model, "shape": list(shape[:5]), "count": count, "batch": batch, "dtype": dtype,
+        **told,
+        "ours": {name: beside(times, name, told["best_peer"])
+                 for name in times if name.startswith("ours")},
+    }  # fmt: skip
 
 
 # ---- whole steps ----
 @torch.enable_grad()
-def step_row(name: str, size: int, batch: int, dtype: str, modes: tuple[str, ...]) -> _Row:
+def step_row(name: str, size: int, batch: int, dtype: str, modes: tuple[str, ...]) -> Row:
     """Images per second and peak memory of a training step (loss, backward, SGD) of a network."""
     torch.manual_seed(1)
-    model = networks()[name]().train().to(gpu_measure.DEVICE)
+    model = networks()[name]().train().to(gpu_timing.DEVICE)
     for module in model.modules():
         if isinstance(module, nn.Dropout):  # random: losses could not be compared
             module.p = 0.0
-    x = torch.randn(batch, 3, size, size, device=gpu_measure.DEVICE)
-    target = torch.randint(0, 1000, (batch,), device=gpu_measure.DEVICE)
+    x = torch.randn(batch, 3, size, size, device=gpu_timing.DEVICE)
+    target = torch.randint(0, 1000, (batch,), device=gpu_timing.DEVICE)
     half = DTYPES[dtype] if dtype != "float32" else None
     calls, memory, losses = {}, {}, {}
     for way in ("eager contiguous", "eager channels_last", "ours contiguous", "ours channels_last",
@@ -203,7 +175,7 @@ def step_row(name: str, size: int, batch: int, dtype: str, modes: tuple[str, ...
             continue
         memory[way] = torch.cuda.max_memory_allocated() - before
         calls[way] = step
-    times = gpu_measure.device_times(calls, 1, rounds=7, lead=False)
+    times = gpu_timing.device_times(calls, 1, rounds=7, lead=False)
     slack = 1e-4 if half is None else 2e-2
     right = losses["eager contiguous"]
     return {
@@ -225,7 +197,7 @@ def training_step(run, optimiser, x: Tensor, target: Tensor, half: torch.dtype |
 
 
 def networks() -> dict[str, Callable[[], nn.Module]]:
-    return gpu_measure.networks() | {
+    return gpu_networks.networks() | {
         "mobilenet_v1 alpha 0.5": partial(models.mobilenet_v1, 0.5),
     }
 

@@ -266,7 +266,7 @@ def _speed(
         calls,
         rounds=settings.rounds,
         budget_s=settings.budget_s,
-        synchronize=torch.cuda.synchronize if on_gpu else None,
+        synchronize=partial(torch.cuda.synchronize, settings.device) if on_gpu else None,
         on_round=on_round,
     )
     best = min((NATIVE, NATIVE_LAST), key=lambda way: times[way].median)

@@ -261,7 +261,7 @@ def _settle(fusion: Fusion, took: dict[str, float]) -> None:
 def _candidates(module: FusedConv2d, x: Tensor) -> dict[str, FusedConv2d]:
     """The site once for every way that it can run fused, the usual one first; each keeps constants
     of its own."""
-    dense_on_gpu = _on_gpu(x) and not is_depthwise(module)
+    dense_on_gpu = x.is_cuda and not is_depthwise(module)
     usual = dense.decide(module, x) if dense_on_gpu else module.serving(x.device, x.dtype)
     sites = {usual: module}
     if module.fusion.backend is not None or TRITON_INTERPRETED:
@@ -278,10 +278,6 @@ def _candidates(module: FusedConv2d, x: Tensor) -> dict[str, FusedConv2d]:
             sites[name] = copy.copy(module)
             sites[name].fusion = replace(module.fusion, preferred=name)
     return sites
-
-
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
 
 
 def _race(ways: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor) -> dict[str, float]:

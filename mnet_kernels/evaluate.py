@@ -166,7 +166,7 @@ def _timed(model: nn.Module, x: Tensor) -> tuple[Tensor, float]:
     start = time.perf_counter()
     logits = model(x)
     if x.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(x.device)
     return logits, time.perf_counter() - start
 
 

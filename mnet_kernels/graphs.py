@@ -35,7 +35,7 @@ class Graphed:
 
     def _capture(self) -> None:
         with torch.no_grad():
-            self._output, self._replay = record(lambda: self.model(self._input))
+            self._output, self._replay = record(lambda: self.model(self._input), self._input.device)
         self._read = _addresses(self.model)
 
     def _holds(self) -> bool:
@@ -74,17 +74,21 @@ def graphed(model: nn.Module, example: Tensor) -> Graphed:
     return Graphed(model, example)
 
 
-def record(call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """(the result, a function that computes it again in the same memory)."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):  # kernels are chosen and constants made outside of the graph
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+def record(call: Callable[[], Any], device: torch.device | str) -> tuple[Any, Callable[[], None]]:
+    """(the result, a function that computes it again in the same memory).
+
+    Streams and captures are of the current device, which need not be the call's."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):  # kernels are chosen and constants made outside of the graph
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # A capture stream of its own: torch keeps one for all captures, on the device of the first.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            result = call()
     return result, graph.replay
 
 

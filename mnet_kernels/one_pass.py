@@ -41,7 +41,7 @@ def in_one_pass(
     """``pw(dw(x)) + residual``, where :func:`why_apart` has nothing against it."""
     return separable_conv(
         x,
-        *dw._constants(x, dw.weight, "by_tap" if x.is_cpu else "as_is"),
+        *dw._depthwise_constants(x, dw.weight),
         *pw._constants(x, pw.weight, "as_is"),
         residual=residual,
         stride=dw.stride,

@@ -233,15 +233,50 @@ def loads_in_flight(code: Code) -> int:
     """The most bytes of global loads that are under way when an instruction first needs one: in
     the loops that load, where there are some (what comes before them are weights), else anywhere.
     """
-    bodies = []
-    for address, operation, operands in code:
-        target = re.match(r"0x(\w+)", operands) if operation.startswith("BRA") else None
-        if target is not None and int(target[1], 16) < address:
-            body = [line for line in code if int(target[1], 16) <= line[0] <= address]
-            if any(line[1].startswith("LDG") for line in body):
-                bodies.append(body)
+    bodies = [body for body in _loops(code) if any(op.startswith("LDG") for _, op, _ in body)]
     # Twice, for what one turn of a loop loads for the next.
     return max((_waiting(body + body) for body in bodies), default=0) or _waiting(code)
+
+
+def _loops(code: Code) -> Iterator[Code]:
+    """Of every branch back that closes one, all that it leads through, wherever ptxas put that."""
+    at = {address: i for i, (address, _, _) in enumerate(code)}
+    after: list[list[int]] = [[] for _ in code]
+    before: list[list[int]] = [[] for _ in code]
+    for i, (_, operation, operands) in enumerate(code):
+        # "BRA 0x10" always goes there; "@P0 BRA 0x10" and "BRA.U UP0, 0x10" may; a call returns.
+        jumps = operation.startswith(("BRA", "CALL"))
+        target = re.search(r"0x(\w+)$", operands) if jumps else None
+        to = at.get(int(target[1], 16)) if target is not None else None
+        following = [] if to is None else [to]
+        leaves = operation.startswith(("BRA", "BRX", "EXIT", "RET"))
+        always = operation == "BRX" or re.fullmatch(r"(0x\w+)?", operands) is not None
+        if i + 1 < len(code) and not (leaves and always):
+            following.append(i + 1)
+        after[i] += following
+        for to in following:
+            before[to].append(i)
+    switches = [i for i, (_, operation, _) in enumerate(code) if operation == "BRX"]
+    for i in range(1, len(code)):
+        if switches and not before[i]:  # a case of the switch above, or else of the first
+            switch = max((s for s in switches if s < i), default=switches[0])
+            after[switch].append(i)
+            before[i].append(switch)
+
+    def reached(start: int, steps: list[list[int]], stop: int | None = None) -> set[int]:
+        found, left = {start}, [start]
+        while left:
+            i = left.pop()
+            if i == stop:
+                continue
+            left += (new := set(steps[i]) - found)
+            found |= new
+        return found
+
+    for last, following in enumerate(after):
+        for first in following:
+            if first < last and last in (inside := reached(first, after)):
+                yield [code[i] for i in sorted(inside & reached(last, before, stop=first))]
 
 
 def _waiting(code: Code) -> int:
@@ -284,9 +319,17 @@ def _width(operation: str) -> int:
 def _functions(sass: str) -> Iterator[tuple[str, Code]]:
     for part in sass.split("Function : ")[1:]:
         name, _, body = part.partition("\n")
-        line = r"^\s+/\*(\w{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);"
-        code = re.findall(line, body, re.M)
-        yield name.strip(), [(int(at, 16), op, operands.strip()) for at, op, operands in code]
+        line = r"^\s+/\*(\w{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);"
+        code = [
+            # Of what leaves the line it matters whether it always does.
+            (
+                int(at, 16),
+                op,
+                (guard if op.startswith(("BRA", "EXIT", "RET")) else "") + operands.strip(),
+            )
+            for at, guard, op, operands in re.findall(line, body, re.M)
+        ]
+        yield name.strip(), code
 
 
 def _usage(report: str) -> Iterator[tuple[str, tuple[int, int, int, int]]]:

@@ -250,3 +250,11 @@ def test_the_report_says_when_answers_differ(result):
     text = page_of(wrong)
     assert "The answers differ: 1 of" in text
     assert re.search(r'<td class="number slower" data-value="inf">not finite</td>', text)
+
+
+def test_times_wait_for_the_device_that_was_asked_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    settings = Settings(device="cuda:1", rounds=1, budget_s=0.01)
+    comparing._speed(dict.fromkeys(comparing.WAYS, lambda: None), settings)
+    assert set(waited) == {"cuda:1"}

@@ -211,6 +211,42 @@ def test_every_variant_serves_some_call_and_can_be_forced(cuda):
     assert seen == set(cuda.variants())
 
 
+#: Beyond what 32 bits count somewhere: threads, planes, elements of an image.
+HUGE = [
+    ([1000, 1 << 24, 3, 1], True, 5, 1), ([3, 1 << 20, 1, 4096], False, 5, 2),
+    ([70000, 40000, 3, 3], False, 3, 1), ([1, 3, 50000, 50000], False, 3, 1),
+    ([1, 3, 50000, 50000], True, 3, 2), ([40000, 8, 112, 112], True, 3, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape,channels_last,k,stride", HUGE, ids=str)
+def test_what_one_kernel_cannot_count_another_can(cuda, shape, channels_last, k, stride):
+    call = shape, "bfloat16", channels_last, [shape[1], 1, k, k], [stride], [k // 2]
+    cuda.force_variant("")
+    able = cuda.facts_of_call(*call).able
+    assert "general" in able
+    for name in able:
+        cuda.force_variant(name)
+        assert 0 < cuda.facts_of_call(*call).blocks < 2**31
+    cuda.force_variant("")
+
+
+def test_what_no_kernel_can_count_is_told(cuda):
+    with pytest.raises(
+        RuntimeError,
+        match=r"conv_bn_act: x: expected rows, .* below 2\^31, got a convolution of 1 x 3 x 70000 "
+        r"x 40000 to 8 x 70000 x 40000",
+    ):
+        cuda.facts_of_conv_call([1, 3, 70000, 40000], "bfloat16", [8, 3, 3, 3], [1], [1])
+    with pytest.raises(
+        RuntimeError,
+        match=r"separable_conv: x: expected rows, columns and channels below 2\^31, got",
+    ):
+        cuda.facts_of_separable_call(
+            [1, 8, 1, 8], "bfloat16", [8, 1, 1, 1], 8, [1], [0, 2**30, 0, 2**30]
+        )
+
+
 def test_facts_of_bad_calls(cuda):
     with pytest.raises(RuntimeError, match="dwconv_bn_act: weight: expected shape"):
         cuda.facts_of_call([1, 8, 5, 5], "float32", False, [7, 1, 3, 3])

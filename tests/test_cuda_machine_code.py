@@ -127,6 +127,23 @@ def test_occupancy(architecture, threads, registers, shared, blocks):
     assert machine_code.blocks_per_sm(architecture, threads, registers, shared) == blocks
 
 
+def test_a_loop_is_followed_wherever_its_parts_are():
+    """A switch in a loop, a case of which lies in front of it: no branch leads back over it."""
+    code = [
+        (0x00, "LDG.E.128", "R0, [R20.64]"), (0x10, "BRA", "0x50"),
+        (0x20, "LDG.E.128", "R4, [R20.64]"), (0x30, "LDG.E.128", "R8, [R20.64+0x10]"),
+        (0x40, "BRA", "0x70"),
+        (0x50, "BRX", "R44 -0x60"),
+        (0x60, "MOV", "R4, RZ"),
+        (0x70, "FADD", "R30, R4, R8"), (0x80, "BRA", "@P0 0x50"), (0x90, "EXIT", ""),
+    ]  # fmt: skip
+    assert machine_code.loads_in_flight(code) == 32
+    # What lies between the two ends of a branch back without being led to is no part of it.
+    code[1:5] = [(0x10, "BRA", "0x50"), (0x20, "NOP", ""), (0x30, "NOP", ""), (0x40, "EXIT", "")]
+    code[6] = (0x60, "LDG.E.64", "R4, [R22.64]")
+    assert machine_code.loads_in_flight(code) == 8
+
+
 def test_planted_faults_are_seen(kernels, tmp_path):
     source = tmp_path / "planted.cu"
     source.write_text("""

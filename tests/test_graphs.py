@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from networks import image, randomize
@@ -27,7 +29,8 @@ def recorded(monkeypatch):
     """Recordings, as on a GPU: the constants and addresses of the recording are read at replay."""
     made = []
 
-    def record(call):
+    def record(call, device):
+        assert device == torch.device("cpu")  # the example's
         result = call()
         made.append(result)
 
@@ -120,3 +123,48 @@ def test_changes_are_honoured(graph, recorded, change):
     assert not torch.equal(before, after)
     if change in (exchanged, moved):
         assert len(recorded) == 2
+
+
+def test_a_recording_is_of_the_devices_own_streams(monkeypatch):
+    """With another device current, and torch's one stream for captures already there."""
+    current, log = [0], []
+
+    class Stream:
+        def __init__(self):
+            self.device = current[-1]
+
+        def wait_stream(self, other):
+            assert other.device == self.device
+
+    @contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    @contextmanager
+    def stream(on):
+        with device(on.device):
+            yield
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    default = Stream()
+
+    @contextmanager
+    def graph(made, stream=default):
+        with device(stream.device):
+            log.append("begin")
+            yield
+            log.append("end")
+
+    for name, fake in {
+        "device": device, "Stream": Stream, "current_stream": Stream, "stream": stream,
+        "CUDAGraph": Graph, "graph": graph,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    _, replay = graphs.record(lambda: log.append(current[-1]), 1)
+    replay()
+    assert log == [1, 1, 1, "begin", 1, "end", "replay"] and current == [0]

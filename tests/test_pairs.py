@@ -8,6 +8,8 @@ import pytest
 import torch
 from test_sequences import Net, image, one_by_one, randomize
 
+from mnet_kernels import SeparableConv, one_pass
+from mnet_kernels.nn import FusedConv2d
 from mnet_kernels.pairs import pairs, runners
 from mnet_kernels.sequences import KIND
 from mnet_kernels.swap import explain, swap
@@ -114,3 +116,27 @@ def test_kinds_are_checked():
     rows[0, KIND] = 7
     with pytest.raises(RuntimeError, match="conv_sequence: stages: expected a kind from 0 to 6"):
         torch.ops.mnet_kernels.conv_sequence(torch.ones(1, 8, 4, 4), rows, torch.zeros(999))
+
+
+class OnAGpu(torch.Tensor):
+    is_cpu, is_cuda = False, True
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_gpus_backend_gets_the_weight_as_it_reads_it(monkeypatch, backend, channels_last):
+    """Kept by tap for Triton's channels_last kernel, which would copy it at every call."""
+    given = []
+    monkeypatch.setattr(one_pass, "separable_conv", lambda *args, **_: given.append(args[1]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(FusedConv2d, "serving", lambda *_: backend)
+    block = SeparableConv(6, 10).eval()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(2, 6, 9, 9).to(memory_format=layout).as_subclass(OnAGpu)
+    with torch.no_grad():
+        for _ in range(2):
+            one_pass.in_one_pass(block.conv_dw, block.conv_pw, x)
+    first, again = given
+    assert first.data_ptr() == again.data_ptr() and torch.equal(first, block.conv_dw.weight)
+    by_tap = backend == "triton" and channels_last
+    assert first.permute(2, 3, 1, 0).is_contiguous() == by_tap

@@ -130,10 +130,15 @@ def test_preferences_are_kept(calls, tmp_path):
         swap(net, backend="triton", decisions=path)
 
 
+class OnAGpu(torch.Tensor):
+    is_cuda = True
+
+
 @pytest.mark.parametrize("faster", ["triton", "folded", "native"])
 def test_measured(monkeypatch, calls, faster):
     """The ways of a site on a GPU, whichever the cost model would take."""
     monkeypatch.setattr(decisions, "TRITON_INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     raced = []
 
     def race(ways, x):
@@ -146,9 +151,8 @@ def test_measured(monkeypatch, calls, faster):
     net, x = randomize(Two()), image(1, 3, 8, 8)
     fast = swap(net)
     modules = {name: m for name, m in fast.named_modules() if isinstance(m, FusedConv2d)}
-    monkeypatch.setattr(decisions, "_on_gpu", lambda x: True)
     monkeypatch.setattr(dense, "decide", lambda conv, x: conv.fusion.preferred or "folded")
-    decisions.measure(fast, modules, (x,), False)
+    decisions.measure(fast, modules, (x.as_subclass(OnAGpu),), False)
     assert raced == [["native", "folded", "triton"]] * 2
     for module in modules.values():
         if faster == "native":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -243,6 +244,52 @@ def test_torch_compile_sees_the_kernels_of_training_of_a_pair_and_of_the_dense()
         )
     names = [str(node.target) for node in graph.graph.nodes]
     assert sum("triton_kernel_wrapper" in name for name in names) == 3 + 5 + 1 + 1
+
+
+@traced
+def test_a_triton_op_of_any_torch_has_our_schema(monkeypatch):
+    """Before 2.14 it inferred one from annotations, and there are none."""
+    from mnet_kernels.triton import launch
+
+    def triton_op(name, *, mutates_args, schema=None):
+        return lambda function: torch._library.triton.infer_schema(
+            function, mutates_args=mutates_args
+        )
+
+    schema = "(Tensor x, int[2] stride) -> Tensor"
+    operator = torch._library.triton.infer_schema
+    monkeypatch.setattr(torch.library, "triton_op", triton_op)
+    made = launch._operator("mnet_kernels::none", mutates_args=(), schema=schema)
+    assert made(lambda x, stride: x) == schema
+    assert torch._library.triton.infer_schema is operator
+
+
+@traced
+def test_kernels_start_on_the_device_of_their_tensors(monkeypatch):
+    """Not on the current one; while torch traces, nothing starts."""
+    from mnet_kernels.triton import dwconv_bn_act, launch
+
+    assert dwconv_bn_act.wrap_triton is launch._Compiled
+    current, started = [0], []
+
+    class Device(nullcontext):
+        def __enter__(self):
+            current.append(self.enter_result.get_device())
+
+        def __exit__(self, *_):
+            current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: started.append((grid, current[-1], len(args)))
+
+    monkeypatch.setattr(torch.cuda, "device_of", Device)
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
+    x = SimpleNamespace(is_cuda=True, get_device=lambda: 1)
+    launch.wrap_triton(Kernel())[(7,)](x, None, 3, SIZE=4)
+    with FakeTensorMode():
+        launch.wrap_triton(Kernel())[(7,)](torch.empty(1, device="cuda"))
+    assert started == [((7,), 1, 3), ((7,), 0, 1)] and current == [0]
 
 
 @traced

@@ -29,7 +29,13 @@ void launch(const Launcher& launcher, const char* variant, const ConvCall& call)
 // All but the pointers.
 ConvCall conv_call_of(const Problem& problem, const DeviceLimits& limits, bool tf32) {
   check_dtype(kOp, problem);
-  return {call_of(problem, true), limits.multiprocessors, limits.shared_bytes, tf32};
+  const ConvCall call{call_of(problem, true), limits.multiprocessors, limits.shared_bytes, tf32};
+  if (!conv_fits<ConvTile16>(call.conv))  // the smallest tile
+    check::fail(
+        kOp, "x", "rows, columns, channels, an image and tiles of pixels below 2^31",
+        check::join("a convolution of ", problem.N, " x ", problem.C, " x ", problem.H, " x ",
+                    problem.W, " to ", problem.K, " x ", problem.OH, " x ", problem.OW));
+  return call;
 }
 
 }  // namespace

@@ -75,15 +75,25 @@ inline Gather gather_of(const DwconvCall& conv) {
   return same ? Gather::rows : Gather::vectors;
 }
 
+// Whether 32-bit indices reach all of the call; single elements are found by offsets in an image.
+template <typename Tile>
+bool conv_fits(const DwconvCall& conv) {
+  const int64_t height = std::max(conv.H, (conv.OH - 1) * conv.SH + conv.KH * conv.DH);
+  const int64_t width = std::max(conv.W, (conv.OW - 1) * conv.SW + conv.KW * conv.DW);
+  return fit_int32({height, width, conv.top, conv.left, conv.KH * conv.KW * conv.C, conv.K,
+                    divide_up(conv.N * conv.OH * conv.OW, Tile::kPixels)}) &&
+         (gather_of(conv) != Gather::elements || fit_int32({height * width * conv.C}));
+}
+
 template <typename Tile>
 ConvPlan conv_plan(const ConvCall& call) {
   const DwconvCall& conv = call.conv;
+  if (!conv_fits<Tile>(conv))
+    throw std::runtime_error("rows, columns, channels, an image or tiles of pixels beyond 32 bits");
   const int64_t bytes = element_bytes(conv),
                 most = bytes == 4 && !call.tf32 ? Tile::template blocks<float>()
                                                 : Tile::template blocks<tf32>(),
                 depth = conv.KH * conv.KW * conv.C;
-  const int64_t height = std::max(conv.H, (conv.OH - 1) * conv.SH + conv.KH * conv.DH);
-  const int64_t width = std::max(conv.W, (conv.OW - 1) * conv.SW + conv.KW * conv.DW);
   ConvPlan plan;
   plan.gather = gather_of(conv);
   plan.channels = Divisor(
@@ -95,10 +105,6 @@ ConvPlan conv_plan(const ConvCall& call) {
   plan.small = fit_int32({plan.pixels});
   const int64_t pixel_tiles = divide_up(plan.pixels, Tile::kPixels);
   plan.pixel_tiles = static_cast<int>(pixel_tiles);
-  const bool fits = fit_int32({height, width, conv.top, conv.left, depth, conv.K, pixel_tiles});
-  // Single elements are found by 32-bit offsets in an image.
-  if (!fits || (plan.gather == Gather::elements && !fit_int32({height * width * conv.C})))
-    throw std::runtime_error("rows, columns, channels, an image or tiles of pixels beyond 32 bits");
   plan.tiles = static_cast<int>(divide_up(conv.K, Tile::kChannels));
   plan.depth = static_cast<int>(depth);
   plan.chunks = static_cast<int>(divide_up(depth * bytes, Tile::kSlabs * kSlabBytes));

@@ -17,7 +17,8 @@ void launch_conv(Launcher&& launcher, const ConvCall& call) {
 
 template <typename Tile>
 bool conv_can_run(const ConvCall& call) {
-  return Tile::shared_bytes(conv_plan<Tile>(call).slots) <= call.shared_limit;
+  return conv_fits<Tile>(call.conv) &&
+         Tile::shared_bytes(conv_plan<Tile>(call).slots) <= call.shared_limit;
 }
 
 // 128 by 128: fewest bytes past L2 and shared memory for each product, for what products bound.

@@ -312,13 +312,21 @@ void with_kernel(const DwconvCall& call, F&& f) {
   return stride(std::integral_constant<int, 7>{});
 }
 
+// Threads are 32-bit numbers. How many there may be at most: where vectors are single elements, up
+// to twice as many as channels, in chunks; the stream's rows are shared out only where threads are
+// few, the tile's always.
+inline int64_t most_threads(const DwconvCall& call, bool every_row) {
+  return 2 * call.C * call.N * divide_up(call.OW, kStrip) * (every_row ? call.OH : 1);
+}
+
 inline bool channels_last_can_run(const DwconvCall& call) {
   const int64_t K = call.KH, S = call.SH;
   const int64_t height = std::max(call.H, (call.OH - 1) * S + K);
   const int64_t width = std::max(call.W, (call.OW - 1) * S + K);
   return call.channels_last && call.multiplier == 1 && call.DH == 1 && call.DW == 1 &&
          call.KW == K && (K == 3 || K == 5 || K == 7) && call.SW == S && (S == 1 || S == 2) &&
-         fit_int32({height, width, height * width, height * width * call.C, call.N});
+         fit_int32({height, width, height * width, height * width * call.C, call.N,
+                    most_threads(call, false)});
 }
 
 struct DwconvChannelsLastStream {
@@ -347,7 +355,9 @@ struct DwconvChannelsLastStream {
 struct DwconvChannelsLastTile {
   static constexpr const char* kName = "channels_last_tile";
 
-  static bool can_run(const DwconvCall& call) { return channels_last_can_run(call); }
+  static bool can_run(const DwconvCall& call) {
+    return channels_last_can_run(call) && fit_int32({most_threads(call, true)});
+  }
 
   template <typename Element, typename Launcher>
   static void launch(Launcher&& launcher, const DwconvCall& call) {

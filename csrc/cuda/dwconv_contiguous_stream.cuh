@@ -150,7 +150,9 @@ struct DwconvContiguousStream {
 
   static bool can_run(const DwconvCall& call) {
     const int64_t centre = call.KW / 2;
+    // Threads are 32-bit numbers; rows are shared out only where they are few.
     return contiguous_fast_path(call) && stream_width(call) > 0 &&
+           fit_int32({call.N * call.C * (call.W / 4)}) &&
            (call.left == centre || (call.SW == 2 && call.left == centre - 1));
   }
 

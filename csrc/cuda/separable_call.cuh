@@ -132,13 +132,18 @@ Depthwise depthwise_of(const SeparableCall& call, int64_t strip) {
   return neighbours ? Depthwise::pairs : Depthwise::three;
 }
 
+// Whether 32-bit numbers hold what is counted of the call.
+inline bool separable_fits(const SeparableCall& call) {
+  const DwconvCall& dw = call.depthwise;
+  return fit_int32({dw.OH, dw.OW, dw.C, dw.K, call.K});
+}
+
 // The fewest splits with which blocks fill the machine; a stream has one tile of channels a block.
 template <typename Tile>
 SeparablePlan separable_plan(const SeparableCall& call) {
   const DwconvCall& dw = call.depthwise;
   const int64_t bytes = element_bytes(dw), strip = strip_width(dw, Tile::kPixels);
-  if (!fit_int32({dw.OH, dw.OW, dw.C, dw.K, call.K}))
-    throw std::runtime_error("rows, columns or channels beyond 32 bits");
+  if (!separable_fits(call)) throw std::runtime_error("rows, columns or channels beyond 32 bits");
   SeparablePlan plan;
   plan.columns = Divisor(static_cast<uint32_t>(strip));
   plan.rows = Divisor(static_cast<uint32_t>(dw.OH));

@@ -40,6 +40,10 @@ SeparableCall separable_call_of(const SeparableProblem& problem, const DeviceLim
   call.multiprocessors = limits.multiprocessors;
   call.shared_limit = limits.shared_bytes;
   call.tf32 = tf32;
+  if (!separable_fits(call))
+    check::fail(kOp, "x", "rows, columns and channels below 2^31",
+                check::join("a result of ", call.K, " x ", call.depthwise.OH, " x ",
+                            call.depthwise.OW, " by way of ", call.depthwise.K, " channels"));
   return call;
 }
 

@@ -26,7 +26,7 @@ void launch_separable(Launcher&& launcher, const SeparableCall& call) {
 
 template <typename Tile>
 bool separable_can_run(const SeparableCall& call) {
-  return separable_shared_bytes<Tile>(call) <= call.shared_limit;
+  return separable_fits(call) && separable_shared_bytes<Tile>(call) <= call.shared_limit;
 }
 
 // Weights pass L2 once for 128 pixels: what large products are bound by.

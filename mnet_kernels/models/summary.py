@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+if TYPE_CHECKING:
+    from rich.box import Box
+    from rich.console import Group
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Summary:
 
     def render(self) -> str:
         """The table as plain ASCII text, without colour codes; rich consoles print it in colour."""
+        from rich import box
+        from rich.console import Console
+
         # Wider than any row, so that no cell wraps; the table takes only what it needs.
         console = Console(file=io.StringIO(), width=10_000, color_system=None, highlight=False)
         with console.capture() as capture:
@@ -52,9 +55,15 @@ class Summary:
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
     def __rich__(self) -> Group:
+        from rich import box
+
         return self._layout(box.HEAVY_HEAD)
 
-    def _layout(self, lines: box.Box) -> Group:
+    def _layout(self, lines: Box) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(box=lines, header_style="bold")
         table.add_column("Layer (type)", style="cyan", no_wrap=True)
         table.add_column("Output Shape", no_wrap=True)

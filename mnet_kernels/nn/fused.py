@@ -167,12 +167,9 @@ class FusedConv2d(nn.Conv2d):
 
     def _depthwise(self, x: Tensor, weight: Tensor) -> Tensor:
         fusion = self.fusion
-        # The CPU's and Triton's channels_last kernels read the weight tap by tap, CUDA's as it is.
-        by_tap = x.is_cpu or (not x.is_contiguous() and self.serving(x.device, x.dtype) == "triton")
-        constants = self._constants(x, weight, "by_tap" if by_tap else "as_is")
         return ops.dwconv_bn_act(
             x,
-            *constants,
+            *self._depthwise_constants(x, weight),
             stride=self.stride,
             padding="same" if fusion.pad == "same" else self.padding_edges(),
             dilation=self.dilation,
@@ -180,6 +177,12 @@ class FusedConv2d(nn.Conv2d):
             slope=fusion.slope,
             backend=self.serving(x.device, x.dtype) if fusion.preferred else fusion.backend,
         )
+
+    def _depthwise_constants(self, x: Tensor, weight: Tensor) -> Constants:
+        """The CPU's and Triton's channels_last kernels read the weight tap by tap, CUDA's as it
+        is."""
+        by_tap = x.is_cpu or (not x.is_contiguous() and self.serving(x.device, x.dtype) == "triton")
+        return self._constants(x, weight, "by_tap" if by_tap else "as_is")
 
     def _dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """Every other convolution: one kernel where there is one for it, else folded."""

@@ -8,9 +8,13 @@ to torch.compile.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from mnet_kernels.backends import TRITON_INTERPRETED
 
@@ -39,11 +43,40 @@ class _Interpreted:
         return run
 
 
+class _Compiled:
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Callable) -> Callable:
+        def run(*args, **constants) -> None:
+            with device_of(args[0]):
+                torch.library.wrap_triton(self.kernel)[grid](*args, **constants)
+
+        return run
+
+
+def _operator(name: str, *, mutates_args: tuple[str, ...], schema: str) -> Callable:
+    """torch.library.triton_op, which before torch 2.14 takes a schema but uses one that it infers
+    from annotations; and these cannot say that an int stands for a pair."""
+
+    def register(function: Callable) -> Callable:
+        with mock.patch("torch._library.triton.infer_schema", lambda *_, **__: schema):
+            return torch.library.triton_op(name, mutates_args=mutates_args, schema=schema)(function)
+
+    return register
+
+
+def device_of(t: Any) -> AbstractContextManager:
+    """Triton starts a kernel on the current device, wherever its tensors are."""
+    traced = isinstance(t, FakeTensor | FunctionalTensor)
+    return torch.cuda.device_of(t) if t.is_cuda and not traced else nullcontext()
+
+
 wrap_triton: Callable
 operator: Callable
 if TRITON_INTERPRETED:
     wrap_triton = _Interpreted
     operator = torch.library.custom_op
 else:
-    wrap_triton = torch.library.wrap_triton
-    operator = torch.library.triton_op
+    wrap_triton = _Compiled
+    operator = _operator
