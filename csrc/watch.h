@@ -43,15 +43,14 @@ class Bytes {
   std::string copies_;  // one after the other
 };
 
-// Entries of dictionaries (the very objects; Ellipsis: none), sizes of dictionaries, addresses of a
-// list of tensors (watched.h), and versions of some.
+// Entries of dictionaries (the very objects; Ellipsis: none), sizes of dictionaries, where the
+// tensors of a list lie (watched.h), and versions of some.
 class Watch {
  public:
   Watch(const std::vector<std::tuple<py::dict, py::str, py::object>>& entries,
         const std::vector<std::pair<py::dict, Py_ssize_t>>& sizes, std::int64_t list,
-        std::vector<std::uintptr_t> addresses,
         const std::vector<std::pair<py::object, std::int64_t>>& versions)
-      : list_(list), addresses_(std::move(addresses)) {
+      : list_(list) {
     std::unordered_map<PyObject*, std::size_t> found;
     auto held = [&](const py::dict& dict) -> Dict& {
       const auto [at, is_new] = found.emplace(dict.ptr(), dicts_.size());
@@ -82,7 +81,7 @@ class Watch {
       if (!holds(dict)) return false;
     for (const auto& [tensor, version] : versions_)
       if (number(PyObject_GetAttr(tensor, version_.ptr())) != version) return false;
-    return lie_at(list_, addresses_);
+    return lie_as_before(list_);
   }
 
  private:
@@ -146,7 +145,6 @@ class Watch {
   std::vector<Dict> dicts_;
   std::vector<std::pair<PyObject*, std::int64_t>> versions_;
   std::int64_t list_;
-  std::vector<std::uintptr_t> addresses_;
   std::vector<py::object> owned_;
   py::str version_;
 };

@@ -15,18 +15,34 @@
 namespace mnet {
 namespace {
 
+struct List {
+  std::vector<Tensor> tensors;
+  std::vector<std::int64_t> places;  // of each: address, dimensions, sizes, strides
+};
+
 std::mutex mutex;
 std::int64_t newest = 0;
-std::map<std::int64_t, std::vector<Tensor>>& lists() {
-  static auto* all = new std::map<std::int64_t, std::vector<Tensor>>;  // outlives every user
+std::map<std::int64_t, List>& lists() {
+  static auto* all = new std::map<std::int64_t, List>;  // outlives every user
   return *all;
+}
+
+// Calls f with every number of a tensor's place, for as long as it answers true.
+template <typename F>
+bool all_of_place(const Tensor& x, F f) {
+  if (!f(reinterpret_cast<std::int64_t>(x.const_data_ptr())) || !f(x.dim())) return false;
+  for (const auto& numbers : {x.sizes(), x.strides()})
+    if (!std::all_of(numbers.begin(), numbers.end(), f)) return false;
+  return true;
 }
 
 // Adds x to a list; list 0 makes a new one.
 std::int64_t watch(Tensor x, std::int64_t list) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (list == 0) list = ++newest;
-  lists()[list].push_back(std::move(x));
+  List& to = lists()[list];
+  all_of_place(x, [&](std::int64_t number) { return to.places.push_back(number), true; });
+  to.tensors.push_back(std::move(x));
   return list;
 }
 
@@ -49,15 +65,15 @@ bool same(const std::vector<Piece>& pieces, const char* copies) {
   return all;
 }
 
-bool lie_at(std::int64_t list, const std::vector<std::uintptr_t>& addresses) {
-  const std::vector<Tensor>* tensors = nullptr;
+bool lie_as_before(std::int64_t list) {
+  const List* all = nullptr;
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    tensors = &lists().at(list);  // stays where it is while others come and go
+    all = &lists().at(list);  // stays where it is while others come and go
   }
-  for (std::size_t i = 0; i < addresses.size(); ++i)
-    if (reinterpret_cast<std::uintptr_t>((*tensors)[i].const_data_ptr()) != addresses[i])
-      return false;
+  const std::int64_t* was = all->places.data();
+  for (const Tensor& tensor : all->tensors)
+    if (!all_of_place(tensor, [&](std::int64_t number) { return number == *was++; })) return false;
   return true;
 }
 
@@ -66,7 +82,7 @@ bool lie_at(std::int64_t list, const std::vector<std::uintptr_t>& addresses) {
 void add_lines_of(std::int64_t list, Lines& lines) {
   constexpr std::size_t kWords = 6, kBytes = 192;
   const std::lock_guard<std::mutex> lock(mutex);
-  for (const Tensor& tensor : lists().at(list)) {
+  for (const Tensor& tensor : lists().at(list).tensors) {
     const void* made_of = *reinterpret_cast<void* const*>(tensor.get());
     lines.add(tensor.get(), sizeof(void*));
     lines.add(made_of, kBytes);

@@ -18,10 +18,10 @@ struct Piece {
 // Whether all of them still are what was copied; on torch's threads.
 bool same(const std::vector<Piece>& pieces, const char* copies);
 
-// Whether the tensors of a list lie at these addresses.
-bool lie_at(std::int64_t list, const std::vector<std::uintptr_t>& addresses);
+// Whether the tensors of a list lie where they lay when they were added, in the same way.
+bool lie_as_before(std::int64_t list);
 void forget(std::int64_t list);
-// Adds what lie_at looks at.
+// Adds what lie_as_before looks at.
 void add_lines_of(std::int64_t list, Lines& lines);
 
 }  // namespace mnet

@@ -14,7 +14,6 @@ class Watch:
         entries: list[tuple[dict[str, Any], str, Any]],
         sizes: list[tuple[dict[Any, Any], int]],
         list: int,
-        addresses: list[int],
         versions: list[tuple[Tensor, int]],
     ) -> None: ...
     def unchanged(self) -> bool: ...

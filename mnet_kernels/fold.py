@@ -71,7 +71,7 @@ class Snapshot:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._alive = [t.detach() for t in tensors]
-        self._addresses: list[int] | None = None  # None: there is nothing to tell by
+        self._places: list[Any] | None = None  # None: there is nothing to tell by
         self._versions: dict[int, int] = {}  # by index, of those that are not compared whole
         spans = []
         if any(type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors):
@@ -84,7 +84,7 @@ class Snapshot:
                     spans.append((t.data_ptr(), t.nbytes if whole else _FIRST_BYTES))
                 if not on_cpu or t.nbytes > _COMPARED_BYTES:
                     self._versions[i] = t._version
-            self._addresses = [t.data_ptr() for t in tensors]
+            self._places = _places(tensors)
         except RuntimeError:  # an inference tensor (no version) or one without memory of its own
             return
         self._bytes = _C.Bytes(spans)
@@ -93,12 +93,17 @@ class Snapshot:
         """Whether these are the same memory and hold the same; False if none can tell."""
         try:
             return (
-                [t.data_ptr() for t in tensors] == self._addresses
+                _places(tensors) == self._places
                 and all(tensors[i]._version == version for i, version in self._versions.items())
                 and self._bytes.unchanged()
             )
         except RuntimeError:
             return False
+
+
+def _places(tensors: list[Tensor]) -> list[Any]:
+    """Where tensors lie, and how."""
+    return [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
 
 
 class Watch:
@@ -119,13 +124,13 @@ class Watch:
     ) -> None:
         self._snapshot = Snapshot(tensors)
         self._all: Any = None
-        addresses, versions = self._snapshot._addresses, self._snapshot._versions
-        if addresses is not None:
+        if self._snapshot._places is not None:
             kept = 0
             for t in tensors:
                 kept = torch.ops.mnet_kernels.watch(t, kept)
-            versioned = [(tensors[i], version) for i, version in versions.items()]
-            self._all = _C.Watch(entries, sizes, kept, addresses, versioned)
+            versions = self._snapshot._versions.items()
+            versioned = [(tensors[i], version) for i, version in versions]
+            self._all = _C.Watch(entries, sizes, kept, versioned)
 
     def unchanged(self) -> bool:
         """Whether all is as it was; False if nothing can tell."""
