@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Iterator
+from itertools import chain
 from os import PathLike
 from typing import Any, cast
 
@@ -61,7 +62,7 @@ def swap(
         A model of the same class. It can be copied, pickled, compiled and exported.
 
     Raises:
-        TypeError: ``model`` is not a Module, or is scripted or compiled.
+        TypeError: ``model`` is not a Module, or is scripted or compiled, or has lazy parameters.
         ValueError: unknown backend; unreadable or foreign decisions; both ``example_inputs`` and
             ``decisions``.
     """
@@ -159,10 +160,14 @@ def _checked(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap: model: expected a torch.nn.Module, got {got}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"swap: model: expected a Module in Python, got {got}: swap, then script")
+        raise TypeError(f"swap: model: expected a Module in Python, got {got}: swap, then trace")
     if "_orig_mod" in model._modules:
         raise TypeError(
             f"swap: model: expected one not yet compiled, got {got}: swap, then compile"
+        )
+    if any(map(nn.parameter.is_lazy, chain(model.parameters(), model.buffers()))):
+        raise TypeError(
+            "swap: model: expected parameters with shapes, got lazy ones: call it first"
         )
     if "_mnet_swapped" in model.__dict__:
         return restore(model)

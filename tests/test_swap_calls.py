@@ -20,7 +20,7 @@ from mnet_kernels.swap import explain, restore, swap
 def test_one_channel_images_keep_their_layout(kernel, training, gradients):
     """With one channel a tensor is contiguous and channels_last; .view asks for the first."""
     model = network(
-        lambda self, x: self.norm(self.conv(x)).relu().view(len(x), -1),
+        lambda self, x: self.norm(self.conv(x)).relu().view(x.size(0), -1),
         conv=nn.Conv2d(1, 16, kernel), norm=nn.BatchNorm2d(16),
     )  # fmt: skip
     fast, x = swap(copy.deepcopy(model)), image(4, 1, 8, 8)
