@@ -35,7 +35,7 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
   py::class_<mnet::Bytes>(m, "Bytes")
-      .def(py::init<const std::vector<std::pair<std::uintptr_t, std::size_t>>&>(), py::arg("spans"))
+      .def(py::init<const std::vector<mnet::Bytes::Span>&>(), py::arg("spans"))
       .def("unchanged", &mnet::Bytes::unchanged);
   py::class_<mnet::Watch>(m, "Watch")
       .def(py::init<const std::vector<std::tuple<py::dict, py::str, py::object>>&,

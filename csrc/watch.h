@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -25,16 +26,21 @@ namespace py = pybind11;
 // keeps the memory alive.
 class Bytes {
  public:
-  explicit Bytes(const std::vector<std::pair<std::uintptr_t, std::size_t>>& spans) {
-    constexpr std::size_t kPiece = 1024;
-    for (auto [address, size] : spans) {
-      copies_.append(reinterpret_cast<const char*>(address), size);
-      for (; size > kPiece; size -= kPiece, address += kPiece)
-        pieces_.push_back({reinterpret_cast<const char*>(address), kPiece, 0});
-      pieces_.push_back({reinterpret_cast<const char*>(address), size, 0});
+  // Address, size and step: lines begin every `step` bytes; kLine where they follow one another.
+  using Span = std::tuple<std::uintptr_t, std::size_t, std::size_t>;
+
+  explicit Bytes(const std::vector<Span>& spans) {
+    constexpr std::size_t kPiece = 16 * kLine;
+    for (auto [address, size, step] : spans) {
+      for (; size > 0; address += kPiece / kLine * step) {
+        pieces_.push_back(
+            {reinterpret_cast<const char*>(address), std::min(size, kPiece), step, copies_.size()});
+        for (std::size_t at = 0; at < pieces_.back().size; at += kLine)
+          copies_.append(reinterpret_cast<const char*>(address) + at / kLine * step,
+                         std::min(kLine, pieces_.back().size - at));
+        size -= pieces_.back().size;
+      }
     }
-    std::size_t offset = 0;
-    for (Piece& piece : pieces_) piece.copy = offset, offset += piece.size;
   }
   bool unchanged() const { return same(pieces_, copies_.data()); }
 

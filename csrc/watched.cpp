@@ -50,16 +50,19 @@ std::int64_t watch(Tensor x, std::int64_t list) {
 
 bool same(const std::vector<Piece>& pieces, const char* copies) {
   constexpr std::int64_t kWorthSharing = 32, kAhead = 4;
-  constexpr std::size_t kLine = 64;
   const auto count = static_cast<std::int64_t>(pieces.size());
   std::atomic<bool> all{true};
   torch::stable::parallel_for(0, count, kWorthSharing, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const Piece& ahead = pieces[static_cast<std::size_t>(std::min(i + kAhead, end - 1))];
       for (std::size_t at = 0; at < ahead.size; at += kLine)
-        __builtin_prefetch(ahead.from + at, 0, 2);
+        __builtin_prefetch(ahead.from + at / kLine * ahead.step, 0, 2);
       const Piece& piece = pieces[static_cast<std::size_t>(i)];
-      if (std::memcmp(piece.from, copies + piece.copy, piece.size) != 0) all = false;
+      const std::size_t together = piece.step == kLine ? piece.size : kLine;
+      for (std::size_t at = 0; at < piece.size; at += together)
+        if (std::memcmp(piece.from + at / kLine * piece.step, copies + piece.copy + at,
+                        std::min(together, piece.size - at)) != 0)
+          all = false;
     }
   });
   return all;

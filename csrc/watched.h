@@ -10,10 +10,13 @@
 
 namespace mnet {
 
-// Some bytes, and where in a copy of many such pieces they are again.
+constexpr std::size_t kLine = 64;
+
+// Some bytes in lines that begin every `step` bytes, and where in a copy of many such pieces they
+// are again, one after the other.
 struct Piece {
   const char* from;
-  std::size_t size, copy;
+  std::size_t size, step, copy;
 };
 // Whether all of them still are what was copied; on torch's threads.
 bool same(const std::vector<Piece>& pieces, const char* copies);

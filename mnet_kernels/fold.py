@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from mnet_kernels import _C
 
 #: Tensors up to this size are compared whole to see whether a fold is stale, larger ones in
-#: their first bytes, their address and their version.
+#: some lines spread over them, their address and their version.
 _COMPARED_BYTES = 16384
-_FIRST_BYTES = 1024
+_LINE, _LINES = 64, 16
 
 
 def fold(dtype: torch.dtype, bias: Tensor | None, norm: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -78,11 +78,15 @@ class Snapshot:
             return
         try:
             for i, t in enumerate(tensors):
-                on_cpu = t.is_cpu and t.is_contiguous()
-                if on_cpu:
-                    whole = t.nbytes <= _COMPARED_BYTES
-                    spans.append((t.data_ptr(), t.nbytes if whole else _FIRST_BYTES))
-                if not on_cpu or t.nbytes > _COMPARED_BYTES:
+                readable = t.is_cpu and _is_dense(t)
+                whole = readable and t.nbytes <= _COMPARED_BYTES
+                if whole:
+                    spans.append((t.data_ptr(), t.nbytes, _LINE))
+                elif readable:
+                    # An odd number of lines: not always the same columns of a matrix.
+                    step = (t.nbytes // _LINE // (_LINES + 1) | 1) * _LINE
+                    spans.append((t.data_ptr(), _LINES * _LINE, step))
+                if not whole:
                     self._versions[i] = t._version
             self._places = _places(tensors)
         except RuntimeError:  # an inference tensor (no version) or one without memory of its own
@@ -99,6 +103,13 @@ class Snapshot:
             )
         except RuntimeError:
             return False
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether a tensor's memory holds its elements, in any order, and nothing else."""
+    return t.is_contiguous() or (
+        t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _places(tensors: list[Tensor]) -> list[Any]:

@@ -242,11 +242,20 @@ def test_inference_tensors():
         torch.testing.assert_close(fast(x), restore(fast)(x), rtol=1e-4, atol=1e-5)
 
 
-def test_the_large_weight_of_a_dense_convolution():
-    model = randomize(nn.Sequential(nn.Conv2d(256, 256, 1), nn.BatchNorm2d(256)))
-    fast = swap(model)
-    x = image(1, 256, 2, 2)
-    for edit in (lambda w: w.data.mul_(2), lambda w: w.detach()[-1].mul_(2)):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_large_weight_of_a_dense_convolution(kernel, layout):
+    model = randomize(nn.Sequential(nn.Conv2d(256, 256, kernel), nn.BatchNorm2d(256)))
+    fast = swap(model.to(memory_format=layout))
+    x = image(1, 256, 3, 3)
+    for edit in (
+        lambda w: w.data.mul_(2),
+        lambda w: w.detach()[-1].mul_(2),
+        lambda w: w.data[128:].mul_(2),
+        lambda w: w.data[32:96].mul_(2),
+        lambda w: w.data[:, 128:].mul_(2),
+        lambda w: w.data[:, 32:96].mul_(2),
+    ):
         with torch.no_grad():
             fast(x)
             edit(fast[0].weight)
