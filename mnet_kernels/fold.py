@@ -114,7 +114,7 @@ def _is_dense(t: Tensor) -> bool:
 
 def _places(tensors: list[Tensor]) -> list[Any]:
     """Where tensors lie, and how."""
-    return [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
+    return [(t.data_ptr(), t.is_contiguous() or t.stride()) for t in tensors]
 
 
 class Watch:
