@@ -35,15 +35,13 @@ PYBIND11_MODULE(_C, m) {
     return info;
   });
   py::class_<mnet::Bytes>(m, "Bytes")
-      .def(py::init<const std::vector<std::pair<std::uintptr_t, std::size_t>>&>(), py::arg("spans"))
+      .def(py::init<const std::vector<mnet::Bytes::Span>&>(), py::arg("spans"))
       .def("unchanged", &mnet::Bytes::unchanged);
   py::class_<mnet::Watch>(m, "Watch")
       .def(py::init<const std::vector<std::tuple<py::dict, py::str, py::object>>&,
                     const std::vector<std::pair<py::dict, Py_ssize_t>>&, std::int64_t,
-                    std::vector<std::uintptr_t>,
                     const std::vector<std::pair<py::object, std::int64_t>>&>(),
-           py::arg("entries"), py::arg("sizes"), py::arg("list"), py::arg("addresses"),
-           py::arg("versions"))
+           py::arg("entries"), py::arg("sizes"), py::arg("list"), py::arg("versions"))
       .def("unchanged", &mnet::Watch::unchanged);
   m.def("set_instruction_set", &mnet::cpu::set_instruction_set, py::arg("name"),
         "Use the CPU kernels of this instruction set from now on (tests and benchmarks).");

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -25,16 +26,21 @@ namespace py = pybind11;
 // keeps the memory alive.
 class Bytes {
  public:
-  explicit Bytes(const std::vector<std::pair<std::uintptr_t, std::size_t>>& spans) {
-    constexpr std::size_t kPiece = 1024;
-    for (auto [address, size] : spans) {
-      copies_.append(reinterpret_cast<const char*>(address), size);
-      for (; size > kPiece; size -= kPiece, address += kPiece)
-        pieces_.push_back({reinterpret_cast<const char*>(address), kPiece, 0});
-      pieces_.push_back({reinterpret_cast<const char*>(address), size, 0});
+  // Address, size and step: lines begin every `step` bytes; kLine where they follow one another.
+  using Span = std::tuple<std::uintptr_t, std::size_t, std::size_t>;
+
+  explicit Bytes(const std::vector<Span>& spans) {
+    constexpr std::size_t kPiece = 16 * kLine;
+    for (auto [address, size, step] : spans) {
+      for (; size > 0; address += kPiece / kLine * step) {
+        pieces_.push_back(
+            {reinterpret_cast<const char*>(address), std::min(size, kPiece), step, copies_.size()});
+        for (std::size_t at = 0; at < pieces_.back().size; at += kLine)
+          copies_.append(reinterpret_cast<const char*>(address) + at / kLine * step,
+                         std::min(kLine, pieces_.back().size - at));
+        size -= pieces_.back().size;
+      }
     }
-    std::size_t offset = 0;
-    for (Piece& piece : pieces_) piece.copy = offset, offset += piece.size;
   }
   bool unchanged() const { return same(pieces_, copies_.data()); }
 
@@ -43,15 +49,14 @@ class Bytes {
   std::string copies_;  // one after the other
 };
 
-// Entries of dictionaries (the very objects; Ellipsis: none), sizes of dictionaries, addresses of a
-// list of tensors (watched.h), and versions of some.
+// Entries of dictionaries (the very objects; Ellipsis: none), sizes of dictionaries, where the
+// tensors of a list lie (watched.h), and versions of some.
 class Watch {
  public:
   Watch(const std::vector<std::tuple<py::dict, py::str, py::object>>& entries,
         const std::vector<std::pair<py::dict, Py_ssize_t>>& sizes, std::int64_t list,
-        std::vector<std::uintptr_t> addresses,
         const std::vector<std::pair<py::object, std::int64_t>>& versions)
-      : list_(list), addresses_(std::move(addresses)) {
+      : list_(list) {
     std::unordered_map<PyObject*, std::size_t> found;
     auto held = [&](const py::dict& dict) -> Dict& {
       const auto [at, is_new] = found.emplace(dict.ptr(), dicts_.size());
@@ -82,7 +87,7 @@ class Watch {
       if (!holds(dict)) return false;
     for (const auto& [tensor, version] : versions_)
       if (number(PyObject_GetAttr(tensor, version_.ptr())) != version) return false;
-    return lie_at(list_, addresses_);
+    return lie_as_before(list_);
   }
 
  private:
@@ -146,7 +151,6 @@ class Watch {
   std::vector<Dict> dicts_;
   std::vector<std::pair<PyObject*, std::int64_t>> versions_;
   std::int64_t list_;
-  std::vector<std::uintptr_t> addresses_;
   std::vector<py::object> owned_;
   py::str version_;
 };

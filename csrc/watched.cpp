@@ -15,18 +15,38 @@
 namespace mnet {
 namespace {
 
+struct List {
+  std::vector<Tensor> tensors;
+  std::vector<std::int64_t> places;  // of each what all_of_place tells
+};
+
 std::mutex mutex;
 std::int64_t newest = 0;
-std::map<std::int64_t, std::vector<Tensor>>& lists() {
-  static auto* all = new std::map<std::int64_t, std::vector<Tensor>>;  // outlives every user
+std::map<std::int64_t, List>& lists() {
+  static auto* all = new std::map<std::int64_t, List>;  // outlives every user
   return *all;
+}
+
+// Calls f with every number of a tensor's place, for as long as it answers true. Of a contiguous
+// one, strides say no more: every question costs as much as one of the other checks.
+template <typename F>
+bool all_of_place(const Tensor& x, F f) {
+  if (!f(reinterpret_cast<std::int64_t>(x.const_data_ptr())) || !f(x.numel())) return false;
+  const bool contiguous = x.is_contiguous();
+  if (!f(contiguous)) return false;
+  if (contiguous) return true;
+  const auto strides = x.strides();
+  return f(static_cast<std::int64_t>(strides.size())) &&
+         std::all_of(strides.begin(), strides.end(), f);
 }
 
 // Adds x to a list; list 0 makes a new one.
 std::int64_t watch(Tensor x, std::int64_t list) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (list == 0) list = ++newest;
-  lists()[list].push_back(std::move(x));
+  List& to = lists()[list];
+  all_of_place(x, [&](std::int64_t number) { return to.places.push_back(number), true; });
+  to.tensors.push_back(std::move(x));
   return list;
 }
 
@@ -34,30 +54,33 @@ std::int64_t watch(Tensor x, std::int64_t list) {
 
 bool same(const std::vector<Piece>& pieces, const char* copies) {
   constexpr std::int64_t kWorthSharing = 32, kAhead = 4;
-  constexpr std::size_t kLine = 64;
   const auto count = static_cast<std::int64_t>(pieces.size());
   std::atomic<bool> all{true};
   torch::stable::parallel_for(0, count, kWorthSharing, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const Piece& ahead = pieces[static_cast<std::size_t>(std::min(i + kAhead, end - 1))];
       for (std::size_t at = 0; at < ahead.size; at += kLine)
-        __builtin_prefetch(ahead.from + at, 0, 2);
+        __builtin_prefetch(ahead.from + at / kLine * ahead.step, 0, 2);
       const Piece& piece = pieces[static_cast<std::size_t>(i)];
-      if (std::memcmp(piece.from, copies + piece.copy, piece.size) != 0) all = false;
+      const std::size_t together = piece.step == kLine ? piece.size : kLine;
+      for (std::size_t at = 0; at < piece.size; at += together)
+        if (std::memcmp(piece.from + at / kLine * piece.step, copies + piece.copy + at,
+                        std::min(together, piece.size - at)) != 0)
+          all = false;
     }
   });
   return all;
 }
 
-bool lie_at(std::int64_t list, const std::vector<std::uintptr_t>& addresses) {
-  const std::vector<Tensor>* tensors = nullptr;
+bool lie_as_before(std::int64_t list) {
+  const List* all = nullptr;
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    tensors = &lists().at(list);  // stays where it is while others come and go
+    all = &lists().at(list);  // stays where it is while others come and go
   }
-  for (std::size_t i = 0; i < addresses.size(); ++i)
-    if (reinterpret_cast<std::uintptr_t>((*tensors)[i].const_data_ptr()) != addresses[i])
-      return false;
+  const std::int64_t* was = all->places.data();
+  for (const Tensor& tensor : all->tensors)
+    if (!all_of_place(tensor, [&](std::int64_t number) { return number == *was++; })) return false;
   return true;
 }
 
@@ -66,7 +89,7 @@ bool lie_at(std::int64_t list, const std::vector<std::uintptr_t>& addresses) {
 void add_lines_of(std::int64_t list, Lines& lines) {
   constexpr std::size_t kWords = 6, kBytes = 192;
   const std::lock_guard<std::mutex> lock(mutex);
-  for (const Tensor& tensor : lists().at(list)) {
+  for (const Tensor& tensor : lists().at(list).tensors) {
     const void* made_of = *reinterpret_cast<void* const*>(tensor.get());
     lines.add(tensor.get(), sizeof(void*));
     lines.add(made_of, kBytes);

@@ -10,18 +10,21 @@
 
 namespace mnet {
 
-// Some bytes, and where in a copy of many such pieces they are again.
+constexpr std::size_t kLine = 64;
+
+// Some bytes in lines that begin every `step` bytes, and where in a copy of many such pieces they
+// are again, one after the other.
 struct Piece {
   const char* from;
-  std::size_t size, copy;
+  std::size_t size, step, copy;
 };
 // Whether all of them still are what was copied; on torch's threads.
 bool same(const std::vector<Piece>& pieces, const char* copies);
 
-// Whether the tensors of a list lie at these addresses.
-bool lie_at(std::int64_t list, const std::vector<std::uintptr_t>& addresses);
+// Whether the tensors of a list lie where they lay when they were added, in the same way.
+bool lie_as_before(std::int64_t list);
 void forget(std::int64_t list);
-// Adds what lie_at looks at.
+// Adds what lie_as_before looks at.
 void add_lines_of(std::int64_t list, Lines& lines);
 
 }  // namespace mnet

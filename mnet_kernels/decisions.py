@@ -35,6 +35,8 @@ class Swapped:
 
     original: nn.Module
     plan: Plan
+    #: Every module of it when it was made, and that of ``original`` that it is a copy of.
+    twins: list[tuple[nn.Module, nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Explanation:
             _row(site.conv, site.pattern, site.note, fused[site.conv])
             for site in plan.sites
             if site.conv in fused
-        ] + [_left(left, runners) for left in plan.left]
+        ] + [_left(left, runners) for left in plan.left if left.module in order]
         self.rows.sort(key=lambda row: order.index(row.module))
 
     def save(self, path: str | PathLike[str]) -> None:

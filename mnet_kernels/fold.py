@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from mnet_kernels import _C
 
 #: Tensors up to this size are compared whole to see whether a fold is stale, larger ones in
-#: their first bytes, their address and their version.
+#: some lines spread over them, their address and their version.
 _COMPARED_BYTES = 16384
-_FIRST_BYTES = 1024
+_LINE, _LINES = 64, 16
 
 
 def fold(dtype: torch.dtype, bias: Tensor | None, norm: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -71,20 +71,24 @@ class Snapshot:
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._alive = [t.detach() for t in tensors]
-        self._addresses: list[int] | None = None  # None: there is nothing to tell by
+        self._places: list[Any] | None = None  # None: there is nothing to tell by
         self._versions: dict[int, int] = {}  # by index, of those that are not compared whole
         spans = []
         if any(type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors):
             return
         try:
             for i, t in enumerate(tensors):
-                on_cpu = t.is_cpu and t.is_contiguous()
-                if on_cpu:
-                    whole = t.nbytes <= _COMPARED_BYTES
-                    spans.append((t.data_ptr(), t.nbytes if whole else _FIRST_BYTES))
-                if not on_cpu or t.nbytes > _COMPARED_BYTES:
+                readable = t.is_cpu and _is_dense(t)
+                whole = readable and t.nbytes <= _COMPARED_BYTES
+                if whole:
+                    spans.append((t.data_ptr(), t.nbytes, _LINE))
+                elif readable:
+                    # An odd number of lines: not always the same columns of a matrix.
+                    step = (t.nbytes // _LINE // (_LINES + 1) | 1) * _LINE
+                    spans.append((t.data_ptr(), _LINES * _LINE, step))
+                if not whole:
                     self._versions[i] = t._version
-            self._addresses = [t.data_ptr() for t in tensors]
+            self._places = _places(tensors)
         except RuntimeError:  # an inference tensor (no version) or one without memory of its own
             return
         self._bytes = _C.Bytes(spans)
@@ -93,12 +97,24 @@ class Snapshot:
         """Whether these are the same memory and hold the same; False if none can tell."""
         try:
             return (
-                [t.data_ptr() for t in tensors] == self._addresses
+                _places(tensors) == self._places
                 and all(tensors[i]._version == version for i, version in self._versions.items())
                 and self._bytes.unchanged()
             )
         except RuntimeError:
             return False
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether a tensor's memory holds its elements, in any order, and nothing else."""
+    return t.is_contiguous() or (
+        t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _places(tensors: list[Tensor]) -> list[Any]:
+    """Where tensors lie, and how."""
+    return [(t.data_ptr(), t.is_contiguous() or t.stride()) for t in tensors]
 
 
 class Watch:
@@ -119,13 +135,13 @@ class Watch:
     ) -> None:
         self._snapshot = Snapshot(tensors)
         self._all: Any = None
-        addresses, versions = self._snapshot._addresses, self._snapshot._versions
-        if addresses is not None:
+        if self._snapshot._places is not None:
             kept = 0
             for t in tensors:
                 kept = torch.ops.mnet_kernels.watch(t, kept)
-            versioned = [(tensors[i], version) for i, version in versions.items()]
-            self._all = _C.Watch(entries, sizes, kept, addresses, versioned)
+            versions = self._snapshot._versions.items()
+            versioned = [(tensors[i], version) for i, version in versions]
+            self._all = _C.Watch(entries, sizes, kept, versioned)
 
     def unchanged(self) -> bool:
         """Whether all is as it was; False if nothing can tell."""

@@ -120,11 +120,12 @@ def conv_bn_act(
     if chosen == "cpu" and not needs_grad and can_pack(x, groups):
         constants = (stride, padding, dilation, groups, activation, slope)
         _check("conv_bn_act", *tensors, *constants)
-        return conv_bn_act_packed(
+        y = conv_bn_act_packed(
             x, pack_conv_weight(weight), scale, shift, kernel_size=tuple(weight.shape[2:]),
             out_channels=weight.shape[0], stride=stride, padding=padding, dilation=dilation,
             activation=activation, slope=slope,
         )  # fmt: skip
+        return y.contiguous(memory_format=registration.layout_of(x))  # with one channel, x is both
     if groups == 1 and not needs_grad and has_dense_kernel(chosen):
         args = (*tensors, stride, padding, dilation, activation, slope)
         if chosen == "triton":

@@ -26,10 +26,23 @@ def find(model: nn.Module) -> Plan:
     """All sites of a model, and all other convolutions.
 
     Args:
-        model: a copy that may be traced: its modes are changed and its hooks removed.
+        model: a copy that may be traced: its modes are changed, its hooks and what is scripted
+            removed.
     """
-    with torch.random.fork_rng(devices=[]):  # tracing may run calls that draw numbers
+    for module in list(model.modules()):
+        scripted = [n for n, m in module.named_children() if isinstance(m, torch.jit.ScriptModule)]
+        for name in () if isinstance(module, torch.jit.ScriptModule) else scripted:
+            module._modules[name] = _Scripted()
+    # Tracing may run calls that draw numbers; what is tried out is tried out on the CPU.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         return _Finder(model).run()
+
+
+class _Scripted(nn.Module):
+    """In the place of a module without Python code."""
+
+    def forward(self, *args: Any) -> Any:
+        raise NotImplementedError
 
 
 @dataclass

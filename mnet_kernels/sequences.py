@@ -18,7 +18,7 @@ from torch.nn.modules import module as nn_module
 
 from mnet_kernels import ops
 from mnet_kernels.fold import Watch, fold, statistics_of
-from mnet_kernels.nn import FusedConv2d, Fusion, in_functorch, recorded
+from mnet_kernels.nn import FusedConv2d, Fusion, declared_shape, in_functorch, recorded
 from mnet_kernels.one_pass import Blocks
 from mnet_kernels.plan import Run
 from mnet_kernels.probe import Activation
@@ -175,6 +175,8 @@ class Runner:
             weight, bias = parameters.get("weight"), parameters["bias"]
             if weight is None or weight.dtype != dtype:  # None: parametrised
                 return None
+            if weight.shape != declared_shape(conv):
+                return None
             sources += [weight] if bias is None else [weight, bias]
             fusion: Fusion | None = held.get("fusion")
             if fusion is None:
@@ -222,12 +224,13 @@ class Runner:
             type(x) is Tensor
             and ops.packs(x.dtype)
             and x.is_cpu
+            and x.layout == torch.strided
             and x.dim() == (2 if self.run.flat_input else 4)
             and x.numel() > 0
             and x.shape[1] == self.channels
             and not (x.requires_grad and torch.is_grad_enabled())
             and not torch.is_autocast_enabled("cpu")
-            and not torch._C._are_functorch_transforms_active()
+            and not in_functorch()
             and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
         )
 
@@ -270,9 +273,9 @@ class Runner:
                 parts.append(cells.view(torch.float32))
                 offset += len(parts[-1])
             slope = (conv.fusion if isinstance(conv, FusedConv2d) else stage.activation).slope
-            parts.append(torch.tensor([slope] + [0.0] * 15))
+            parts.append(torch.tensor([slope] + [0.0] * 15, dtype=torch.float32, device="cpu"))
             offset += 16
-        return torch.tensor(rows), torch.cat(parts)
+        return torch.tensor(rows, device="cpu"), torch.cat(parts)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None, "_seen": None}
@@ -315,7 +318,7 @@ def _flat(conv: _Conv) -> Iterator[Tensor]:
     norm = conv.fusion.norm if isinstance(conv, FusedConv2d) else None
     fills = (1.0, 0.0)
     for given, fill in zip(fold(torch.float32, conv.bias, norm), fills, strict=True):
-        values = torch.full((channels,), fill)
+        values = torch.full((channels,), fill, dtype=torch.float32, device="cpu")
         if given is not None:
             values[:outputs] = given.detach()
         yield values

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Iterator
+from itertools import chain
 from os import PathLike
 from typing import Any, cast
 
@@ -61,19 +62,22 @@ def swap(
         A model of the same class. It can be copied, pickled, compiled and exported.
 
     Raises:
-        TypeError: ``model`` is not a Module, or is scripted or compiled.
+        TypeError: ``model`` is not a Module, or is scripted or compiled, or has lazy parameters.
         ValueError: unknown backend; unreadable or foreign decisions; both ``example_inputs`` and
             ``decisions``.
     """
-    model = _checked(model)
+    given, model = model, _checked(model)
     check_backend("swap", backend)
     if example_inputs is not None and decisions is not None:
         raise ValueError("swap: expected example_inputs or decisions, got both")
     inputs = _arguments(example_inputs)
     plan = find(_twin(model))
     fast = _twin(model)
+    twins = list(zip(fast.modules(), model.modules(), strict=True))
+    for module, now in zip(fast.modules(), given.modules(), strict=True):
+        module.training = now.training  # a swapped model has modes of its own
     _apply(plan, fast, backend)
-    fast.__dict__["_mnet_swapped"] = Swapped(original=model, plan=plan)
+    fast.__dict__["_mnet_swapped"] = Swapped(original=model, plan=plan, twins=twins)
     fused = dict(sites(fast))
     for module in fused.values():
         module.fusion.pair = pairs
@@ -87,19 +91,44 @@ def swap(
 def restore(fast: nn.Module) -> nn.Module:
     """The model that was given to :func:`swap`.
 
-    It has the parameters and buffers that ``fast`` has now, even if they were exchanged meanwhile
-    (``fast.to(...)`` makes new buffers).
+    It has the parameters, buffers and modules that ``fast`` has now, even if they were exchanged
+    meanwhile (``fast.to(...)`` makes new buffers), and settings such as ``eps``.
 
     Raises:
         TypeError: ``fast`` was not made by :func:`swap`.
     """
-    original = record_of(fast, "restore").original
-    now = dict(fast.named_modules())
-    for path, module in original.named_modules():
-        if path in now:
-            module._parameters.update(now[path]._parameters)
-            module._buffers.update(now[path]._buffers)
-    return original
+    record = record_of(fast, "restore")
+    originals = {id(twin): module for twin, module in record.twins}
+    for twin, module in record.twins:
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        children = {name: _restored(child, originals) for name, child in twin._modules.items()}
+        held: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (module._parameters, twin._parameters),
+            (module._buffers, twin._buffers),
+            (module._modules, children),
+        ]
+        for own, now in held:
+            own.clear()
+            own.update(now)
+        for name, value in vars(twin).items():
+            if name in vars(module) and name != "training" and isinstance(value, _SETTINGS):
+                module.__dict__[name] = value
+    return record.original
+
+
+_SETTINGS = (bool, int, float, str, tuple)
+
+
+def _restored(module: nn.Module | None, originals: dict[int, nn.Module]) -> nn.Module | None:
+    """The original of a swapped model's module; a new module, with originals inside."""
+    if module is None or id(module) in originals:
+        return module and originals[id(module)]
+    if any(id(inner) in originals for inner in module.modules()):
+        module = copy.copy(module)
+        children = {n: _restored(m, originals) for n, m in module._modules.items()}
+        module.__dict__["_modules"] = children
+    return module
 
 
 def explain(fast: nn.Module) -> Explanation:
@@ -119,8 +148,9 @@ def sites(fast: nn.Module) -> Iterator[tuple[str, FusedConv2d]]:
     Raises:
         TypeError: ``fast`` was not made by :func:`swap`.
     """
+    modules = dict(fast.named_modules())
     for site in record_of(fast, "sites").plan.sites:
-        module = fast.get_submodule(site.conv)
+        module = modules.get(site.conv)
         if isinstance(module, FusedConv2d):  # and was not replaced since
             yield site.conv, module
 
@@ -130,10 +160,14 @@ def _checked(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap: model: expected a torch.nn.Module, got {got}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"swap: model: expected a Module in Python, got {got}: swap, then script")
+        raise TypeError(f"swap: model: expected a Module in Python, got {got}: swap, then trace")
     if "_orig_mod" in model._modules:
         raise TypeError(
             f"swap: model: expected one not yet compiled, got {got}: swap, then compile"
+        )
+    if any(map(nn.parameter.is_lazy, chain(model.parameters(), model.buffers()))):
+        raise TypeError(
+            "swap: model: expected parameters with shapes, got lazy ones: call it first"
         )
     if "_mnet_swapped" in model.__dict__:
         return restore(model)

@@ -214,9 +214,23 @@ def test_conversion(dtype):
 def test_converting_one_site():
     fast = swap(two_layers())
     x = image(2, 8, 6, 6)
-    site = copy.deepcopy(fast[0][0]).double()
+    site = copy.deepcopy(fast[0]).double()[0]
     for y in (site.forward_native(x.double()), site(x.double())):
         torch.testing.assert_close(y, fast[0](x).double(), rtol=1e-4, atol=1e-5)
+
+
+def test_converting_convolutions_leaves_their_norms():
+    fast = swap(two_layers())
+    for module in fast.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(torch.bfloat16)
+    assert {t.dtype for name, t in fast.state_dict().items() if ".1." in name} == {
+        torch.float32,
+        torch.int64,
+    }
+    x = image(2, 8, 6, 6).to(torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), restore(fast)(x), rtol=0.05, atol=0.05)
 
 
 def test_inference_tensors():
@@ -228,11 +242,20 @@ def test_inference_tensors():
         torch.testing.assert_close(fast(x), restore(fast)(x), rtol=1e-4, atol=1e-5)
 
 
-def test_the_large_weight_of_a_dense_convolution():
-    model = randomize(nn.Sequential(nn.Conv2d(256, 256, 1), nn.BatchNorm2d(256)))
-    fast = swap(model)
-    x = image(1, 256, 2, 2)
-    for edit in (lambda w: w.data.mul_(2), lambda w: w.detach()[-1].mul_(2)):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_large_weight_of_a_dense_convolution(kernel, layout):
+    model = randomize(nn.Sequential(nn.Conv2d(256, 256, kernel), nn.BatchNorm2d(256)))
+    fast = swap(model.to(memory_format=layout))
+    x = image(1, 256, 3, 3)
+    for edit in (
+        lambda w: w.data.mul_(2),
+        lambda w: w.detach()[-1].mul_(2),
+        lambda w: w.data[128:].mul_(2),
+        lambda w: w.data[32:96].mul_(2),
+        lambda w: w.data[:, 128:].mul_(2),
+        lambda w: w.data[:, 32:96].mul_(2),
+    ):
         with torch.no_grad():
             fast(x)
             edit(fast[0].weight)

@@ -40,6 +40,7 @@ class Compiled(nn.Module):
             TypeError,
             "swap: model: expected a Module in Python",
         ),
+        (lambda m: swap(nn.LazyConv2d(4, 3)), TypeError, "expected parameters with shapes"),
         (lambda m: swap(Compiled()), TypeError, "swap: model: expected one not yet compiled"),
         (lambda m: swap(m, "gpu"), ValueError, "swap: backend: expected one of cpu,"),
         (

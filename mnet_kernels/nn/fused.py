@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from mnet_kernels import backends, ops
 from mnet_kernels.fold import Snapshot, fold, scaled, statistics_of
@@ -16,6 +17,7 @@ from mnet_kernels.nn import dense, training
 from mnet_kernels.nn.constants import FORMS, Constants, renewed
 from mnet_kernels.nn.server import FOLDED, dense_server, depthwise_server
 from mnet_kernels.reference import same_padding
+from mnet_kernels.registration import layout_of
 
 _Edges = tuple[int, int, int, int]
 
@@ -101,8 +103,11 @@ class FusedConv2d(nn.Conv2d):
         fusion = self.fusion
         if fusion.declined is not None:
             return fusion.declined
-        if self._parameters.get("weight") is None:
+        weight = self._parameters.get("weight")
+        if weight is None:
             return "its weight is no parameter, but computed (parametrised)"
+        if weight.shape != declared_shape(self):
+            return "its weight has been given another shape"
         if self.uses_batch_statistics() if in_training is None else in_training:
             why = fusion.native_training
             if isinstance(fusion.norm, nn.SyncBatchNorm):
@@ -135,13 +140,16 @@ class FusedConv2d(nn.Conv2d):
         return depthwise_server(fusion.backend, preferred, str(device), dtype, in_training)[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, device = self._parameters.get("weight"), x.device
-        if weight is None:
+        weight = self._parameters.get("weight")
+        if weight is None or not isinstance(x, Tensor) or x.is_meta or x.layout != torch.strided:
             return self.forward_native(x)
+        device = x.device
         if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
             x, weight = x.to(dtype), weight.to(dtype)  # type: ignore[assignment]
-        if x.dim() != 4 or x.dtype != weight.dtype or device != weight.device or in_functorch():
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            return self.forward_native(x)  # which has words for that
+        if x.dtype != weight.dtype or device != weight.device or in_functorch():
             return self.forward_native(x)
         if self.why_native(device, x.dtype) is not None:
             if self.fusion.free_layout and x.is_cpu and self.uses_batch_statistics():
@@ -197,13 +205,14 @@ class FusedConv2d(nn.Conv2d):
         if fusion.free_layout and (x.is_cpu or x.is_cuda):
             x = x.contiguous(memory_format=torch.channels_last)  # the layout of the fast paths
         if self._packs(x):
-            return ops.conv_bn_act_packed(
+            y = ops.conv_bn_act_packed(
                 x,
                 *self._constants(x, weight, "packed"),
                 kernel_size=self.kernel_size,
                 out_channels=self.out_channels,
                 **place,
             )
+            return y if fusion.free_layout else y.contiguous(memory_format=layout_of(x))
         if not self._wants_gradient(x) and (backend := dense.decide(self, x)) != FOLDED:
             constants = self._constants(x, weight, "channels_last")
             return ops.conv_bn_act(x, *constants, backend=backend, **place)
@@ -313,14 +322,6 @@ class FusedConv2d(nn.Conv2d):
             return same_padding(x.shape[2:], self.kernel_size, self.stride, self.dilation)
         return cast(_Edges, self.fusion.pad)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedConv2d:
-        # Where this module is moved or converted on its own, the norm it runs must follow; as part
-        # of a whole model it is done twice, and the second time there is nothing to do.
-        super()._apply(fn, recurse)
-        if self.fusion.norm is not None:
-            self.fusion.norm._apply(fn)
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
         forgotten = ("_kept", "_decision")
         return {name: value for name, value in self.__dict__.items() if name not in forgotten}
@@ -338,6 +339,13 @@ class FusedConv2d(nn.Conv2d):
 def is_depthwise(conv: Any) -> bool:
     """Whether a Conv2d has one group an input channel, and more than one."""
     return conv.groups == conv.in_channels > 1
+
+
+def declared_shape(conv: nn.Conv2d | nn.Linear) -> tuple[int, ...]:
+    """Of a weight, by the module's attributes, which native calls do not look at."""
+    if isinstance(conv, nn.Linear):
+        return conv.out_features, conv.in_features
+    return conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
 
 
 def check_backend(operator: str, backend: str | None) -> None:
@@ -369,8 +377,11 @@ _IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def in_functorch() -> bool:
-    """Inside torch.func.grad, vmap and the like, which the fused operators do not all support."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Inside torch.func.grad, vmap and the like, or forward-mode differentiation, which the fused
+    operators do not all support."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def _zero_pad(x: Tensor, edges: _Edges) -> Tensor:

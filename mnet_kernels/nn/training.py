@@ -32,7 +32,7 @@ def run(conv: FusedConv2d, x: Tensor, weight: Tensor, depthwise: bool) -> Tensor
             return None  # native is faster where pictures have a gradient
         if conv.fusion.free_layout:
             x = x.contiguous(memory_format=torch.channels_last)  # the layout of the fast paths
-        elif not x.is_contiguous(memory_format=torch.channels_last):
+        elif x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
             return None  # the next module may ask for this layout
     if x.numel() == 0 or (x.shape[0] == 1 and conv.output_size(x) == [1, 1]):
         return None  # the norm has its own words for that
