@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from mnet_kernels.decisions import Explanation, Swapped, load, measure, record_of
 from mnet_kernels.nn import FusedConv2d, Fusion, absorbed, check_backend
@@ -165,7 +166,12 @@ def _checked(model: object) -> nn.Module:
         raise TypeError(
             f"swap: model: expected one not yet compiled, got {got}: swap, then compile"
         )
-    if any(map(nn.parameter.is_lazy, chain(model.parameters(), model.buffers()))):
+    tensors = list(chain(model.parameters(), model.buffers()))
+    if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        raise TypeError(
+            "swap: model: expected tensors with memory, got fake ones: swap outside FakeTensorMode"
+        )
+    if any(map(nn.parameter.is_lazy, tensors)):
         raise TypeError(
             "swap: model: expected parameters with shapes, got lazy ones: call it first"
         )

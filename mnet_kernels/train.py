@@ -58,6 +58,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
+#: The file in a run's directory from which it goes on.
+CHECKPOINT = "checkpoint.pt"
+
+
 class Stopped(RuntimeError):
     """The run cannot go on; one line: where, why, and the last good checkpoint."""
 
@@ -142,7 +146,7 @@ class _Run:
         count = len(images.train)  # type: ignore[arg-type]
         _check(recipe, count, group)
         self.recipe, self.images, self.group, self.on_step = recipe, images, group, on_step
-        self.output, self.path = output, output / "checkpoint.pt"
+        self.output, self.path = output, output / CHECKPOINT
         self.rows: list[Row] = []
         self.layout = LAYOUTS[recipe.layout]
         self.dtype = PRECISIONS[recipe.precision]

@@ -37,6 +37,7 @@ def start(*arguments: str) -> subprocess.Popen:
 
 BAD_INPUT = [
     # (arguments, words of the one line: the argument, what was expected, what came)
+    ("summary --alpha 1e9", ("--alpha", "memory")),
     ("bogus", ["No such command 'bogus'"]),
     ("compare --bogus", ["No such option '--bogus'"]),
     ("compare --image", ["'--image' requires an argument"]),
@@ -160,6 +161,28 @@ def test_ctrl_c_is_one_line_and_status_130():
     error = process.communicate(timeout=600)[1]
     assert process.returncode == 130
     assert error.strip() == "mnet-kernels: interrupted"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_line_and_status_2():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "info"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "mnet-kernels: error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_ctrl_c_in_training_says_how_to_go_on(saved, capsys, tmp_path, monkeypatch):
+    def interrupted(*arguments, **settings):
+        if saved:
+            (tmp_path / "checkpoint.pt").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mnet_kernels.train.train", interrupted)
+    assert cli.main(["train", "--output", str(tmp_path)]) == 130
+    error = capsys.readouterr().err
+    assert ("with --resume goes on" in error) == saved
+    assert ("begins anew" in error) != saved
 
 
 def test_a_broken_pipe_is_quiet():

@@ -12,11 +12,17 @@ from networks import (
     two_layers,
 )
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from mnet_kernels.nn import DepthwiseConvBNAct
 from mnet_kernels.swap import explain, restore, sites, swap
 
 # --- bad input ------------------------------------------------------------------------------
+
+
+def fake():
+    with FakeTensorMode():
+        return two_layers()
 
 
 class Compiled(nn.Module):
@@ -41,6 +47,7 @@ class Compiled(nn.Module):
             "swap: model: expected a Module in Python",
         ),
         (lambda m: swap(nn.LazyConv2d(4, 3)), TypeError, "expected parameters with shapes"),
+        (lambda m: swap(fake()), TypeError, "expected tensors with memory"),
         (lambda m: swap(Compiled()), TypeError, "swap: model: expected one not yet compiled"),
         (lambda m: swap(m, "gpu"), ValueError, "swap: backend: expected one of cpu,"),
         (

@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail("interrupted", INTERRUPTED)
     except click.ClickException as error:
         return fail(f"error: {error.format_message()}", BAD_INPUT)
+    except OSError as error:  # a full disk, say, behind the output
+        return fail(f"error: {error}", BAD_INPUT)
 
 
 @click.group(invoke_without_command=True)
@@ -86,7 +88,11 @@ def summary(alpha: float, size: int, classes: int) -> None:
 
     try:
         table = models.summary(models.mobilenet_v1(alpha, classes), (1, 3, size, size))
-    except (ValueError, OverflowError) as error:
+    except (
+        ValueError,
+        OverflowError,
+        RuntimeError,
+    ) as error:  # the last: more than fits the memory
         raise click.BadParameter(str(error), param_hint="--alpha") from None
     from rich.console import Console
 

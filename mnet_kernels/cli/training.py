@@ -112,7 +112,7 @@ def train(
     """
     load_extension()
     from mnet_kernels import distributed
-    from mnet_kernels.train import Recipe, Stopped
+    from mnet_kernels.train import CHECKPOINT, Recipe, Stopped
     from mnet_kernels.train import train as run
 
     set_threads(threads)
@@ -129,7 +129,9 @@ def train(
         except Stopped as error:
             raise click.ClickException(str(error)) from None
         except KeyboardInterrupt:
-            click.echo(f"Stopped. The same command with --resume goes on from {output}.", err=True)
+            saved = (output / CHECKPOINT).exists()
+            how = f"with --resume goes on from {output}" if saved else "begins anew"
+            click.echo(f"Stopped. The same command {how}.", err=True)
             raise
     if group.is_main:
         best = max(rows, key=lambda row: row["validation_accuracy"])
