@@ -232,19 +232,23 @@ def test_empty_batch():
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
     "constants",
-    [(1, 1, 1, "relu6", 0.01, 1e-5), ((1, 2), (), 2, "silu", 0.01, 1e-3)],
-    ids=["explicit", "same"],
+    [
+        (1, 1, 1, "relu6", 0.01, 1e-5),
+        ((1, 2), (), 2, "silu", 0.01, 1e-3),
+        (2, 1, 1, "relu", 0.01, 1e-5),
+    ],
+    ids=["explicit", "same", "kept"],
 )
 def test_opcheck(channels_last, constants):
     p = problem((2, 6, 9, 8), channels_last=channels_last)
     tensors = [t.requires_grad_() for t in p.tensors]
     opcheck(module._training, (*tensors, *constants))
     with torch.no_grad():
-        y, mean, var = module._training(*tensors, *constants)
+        y, z, mean, var = module._training(*tensors, *constants)
         tensors = [t.detach() for t in tensors]
         for wanted in ((True, True), (True, False), (False, True)):
-            args = (torch.randn_like(y), *tensors, mean, var, *constants, *wanted)
-            opcheck(module._training_backward, args)
+            args = (torch.randn_like(y), tensors[0], z, *tensors[1:], mean, var)
+            opcheck(module._training_backward, (*args, *constants, *wanted))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
