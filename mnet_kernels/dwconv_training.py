@@ -2,8 +2,8 @@
 of training, its fake kernels, autograd, autocast and vmap.
 
 Besides its inputs, backward keeps one mean and one variance a channel: the convolution's output
-and the activation's mask are computed again. On the CPU the former is kept where stride makes it
-small beside the input. What the operator means: reference.py.
+and the activation's mask are computed again. On the CPU the former is kept in float32 where
+strides make it small beside the input. What the operator means: reference.py.
 """
 
 from __future__ import annotations

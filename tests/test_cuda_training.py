@@ -40,12 +40,17 @@ def constants(t: Training) -> tuple:
 
 
 def run(t: Training) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.mnet_kernels.dwconv_bn_act_training(*t.problem.tensors, *constants(t))
+    y, z, mean, var = torch.ops.mnet_kernels.dwconv_bn_act_training(
+        *t.problem.tensors, *constants(t)
+    )
+    assert z.numel() == 0
+    return y, mean, var
 
 
 def run_backward(t: Training, dy: Tensor, mean: Tensor, var: Tensor, *, data=True, sums=True):
+    x, *others = t.problem.tensors
     return torch.ops.mnet_kernels.dwconv_bn_act_training_backward(
-        dy, *t.problem.tensors, mean, var, *constants(t), data, sums
+        dy, x, x.new_empty(0), *others, mean, var, *constants(t), data, sums
     )
 
 

@@ -285,8 +285,11 @@ FourTensors dwconv_bn_act_training_backward(Tensor dy, Tensor x, Tensor z, Tenso
   check::affine(op, "var", facts_of(var), p, facts_of(x));
   check::gradient(op, facts_of(dy), p, facts_of(x));
   const bool keeps = keeps_convolution(p);
-  if (z.numel() != (keeps ? p.N * p.K * p.OH * p.OW : 0) || facts_of(z).dtype != p.dtype)
-    check::fail(op, "z", "what dwconv_bn_act_training returned", check::shape(facts_of(z)));
+  const TensorFacts of_z = facts_of(z);
+  const char* const returned = "what dwconv_bn_act_training returned";
+  if (of_z.dtype != p.dtype) check::fail(op, "z", returned, of_z.dtype_name);
+  if (z.numel() != (keeps ? p.N * p.K * p.OH * p.OW : 0) || (keeps && of_z.dim != 4))
+    check::fail(op, "z", returned, check::shape(of_z));
   return gradients(p, {dy, x, weight, keeps ? Optional(z) : Optional(), gamma, beta, mean, var, eps,
                        data, sums});
 }
