@@ -12,31 +12,6 @@ struct TrainingRows : StagedRows {
   static constexpr int kWide = kRegisters >= 32 ? 7 : 4, kNarrow = kRegisters >= 32 ? 4 : 2;
   using StagedRows::StagedRows;
 
-  // An output row of dy or z, where it lies or staged.
-  struct Pixels {
-    const float* first;
-    int64_t step;  // from pixel to pixel
-    bool asks;     // for the row below
-  };
-  Pixels row_of(const void* tensor, int64_t oh, float* staged_row) {
-    if (direct)
-      return {static_cast<const float*>(tensor) + (n * call.OH + oh) * call.OW * call.K + c_begin,
-              call.K, call.prefetch};
-    load_row(tensor, call.OH, call.OW, oh, call.OW, staged_row);
-    return {staged_row, pitch, false};
-  }
-  // Where statistics leave a row of z.
-  struct Kept {
-    float* first;
-    int64_t step;
-    bool asks;
-  };
-  Kept kept_row(int64_t oh) const {
-    if (call.z == nullptr || !direct) return {call.z == nullptr ? nullptr : z_row, pitch, false};
-    return {static_cast<float*>(call.z) + (n * call.OH + oh) * call.OW * call.K + c_begin, call.K,
-            call.prefetch};
-  }
-
   // ---- convolution ---------------------------------------------------------------------------
   // Output row oh: finish(v, ow, sum, full) for every tile of T columns of a vector of channels.
   template <int T, typename Begin, typename Finish, typename End>
@@ -391,33 +366,6 @@ struct TrainingRows : StagedRows {
   }
 
   // ---- blocks ----------------------------------------------------------------------------------
-  // run(first, end, opens) for every `step` output rows (or input rows) of a block, image by image.
-  template <typename Run>
-  inline __attribute__((always_inline)) void each_rows(int64_t block, int64_t rows, int64_t step,
-                                                       const Run& run) {
-    const int64_t band = block % call.bands, image = block / call.bands * call.images;
-    const int64_t begin = rows * band / call.bands, end = rows * (band + 1) / call.bands;
-    bool opens = true;
-    for (n = image; n < image + call.images && n < call.N; ++n) {
-      staged = 0;
-      for (int64_t i = begin; i < end; i += step) {
-        run(i, i + step < end ? i + step : end, opens);
-        opens = false;
-      }
-    }
-  }
-
-  void put(int64_t block, int64_t values, int64_t value, float* from) {
-    __builtin_memcpy(
-        static_cast<float*>(call.partials) + (block * values + value) * call.K + c_begin, from,
-        static_cast<std::size_t>(channels) * sizeof(float));
-    for (int64_t i = 0; i < pitch; ++i) from[i] = 0;
-  }
-
-  void put_sums(int64_t block, int64_t values, int64_t from) {
-    for (int i = 0; i < TrainingScratch::kSums; ++i) put(block, values, from + i, sums + i * pitch);
-  }
-
   void statistics(int64_t block) {
     each_rows(block, call.OH, 1,
               [&](int64_t oh, int64_t, bool opens) { statistics_row(oh, opens); });
