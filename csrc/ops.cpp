@@ -17,18 +17,19 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
       "dwconv_bn_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, "
       "int[2] stride, int[4] padding, int[2] dilation, str activation, float slope, bool data, "
       "bool sums) -> (Tensor, Tensor, Tensor, Tensor)");
-  // dwconv_bn_act with the batch's own statistics, as BatchNorm in training: (y, mean, var), mean
-  // and (biased) var of the convolution, (C*M,), in float32, float64 for float64.
+  // dwconv_bn_act with the batch's own statistics, as BatchNorm in training: (y, z, mean, var),
+  // mean and (biased) var of the convolution, (C*M,), in float32, float64 for float64; z the
+  // convolution itself where backward reads it, empty where it is computed again.
   m.def(
       "dwconv_bn_act_training(Tensor x, Tensor weight, Tensor? gamma, Tensor? beta, int[2] stride, "
       "int[4] padding, int[2] dilation, str activation, float slope, float eps) -> "
-      "(Tensor, Tensor, Tensor)");
+      "(Tensor, Tensor, Tensor, Tensor)");
   // (dx, dweight, dgamma, dbeta) for the gradient dy of y, through the statistics too; those that
   // are not wanted are empty.
   m.def(
-      "dwconv_bn_act_training_backward(Tensor dy, Tensor x, Tensor weight, Tensor? gamma, Tensor? "
-      "beta, Tensor mean, Tensor var, int[2] stride, int[4] padding, int[2] dilation, "
-      "str activation, float slope, float eps, bool data, bool sums) -> "
+      "dwconv_bn_act_training_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, "
+      "Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, int[2] stride, int[4] padding, "
+      "int[2] dilation, str activation, float slope, float eps, bool data, bool sums) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
   // A 1x1 convolution with the batch's own statistics, float32, channels_last: (y, z, mean, var), z
   // the convolution itself.

@@ -2,7 +2,8 @@
 of training, its fake kernels, autograd, autocast and vmap.
 
 Besides its inputs, backward keeps one mean and one variance a channel: the convolution's output
-and the activation's mask are computed again. What the operator means: reference.py.
+and the activation's mask are computed again. On the CPU the former is kept in float32 where
+strides make it small beside the input. What the operator means: reference.py.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def dwconv_bn_act_training(
             x, weight, gamma, beta
         )
         operator = _Eager.apply if eager else _training
-    y, mean, var = operator(x, weight, gamma, beta, *constants, eps)
+    y, *_, mean, var = operator(x, weight, gamma, beta, *constants, eps)
     batch_statistics.update(
         running_mean, running_var, mean, var, momentum, batch_statistics.values(y)
     )
@@ -146,13 +147,24 @@ def _fake(x, weight, gamma, beta, stride, padding, dilation, activation, slope, 
     registration.same_device(_OP, x, weight=weight, gamma=gamma, beta=beta)
     pad = explicit_padding(x, weight, pair(stride), padding, pair(dilation))
     out_h, out_w = ops._output_size(x, weight, stride, pad, dilation)
-    y = x.new_empty((x.shape[0], weight.shape[0], out_h, out_w))
+    y, z = (
+        x.new_empty((x.shape[0], weight.shape[0], out_h, out_w)).to(
+            memory_format=registration.layout_of(x)
+        )
+        for _ in range(2)
+    )
     mean, var = (batch_statistics.per_channel(x, weight.shape[0]) for _ in range(2))
-    return y.to(memory_format=registration.layout_of(x)), mean, var
+    return y, z if _keeps_convolution(x, stride) else x.new_empty(0), mean, var
+
+
+def _keeps_convolution(x: Tensor, stride: IntOrInts) -> bool:
+    """As csrc/cpu/dwconv_training.cpp."""
+    small = math.prod(pair(stride)) >= 4 and x.shape[2] * x.shape[3] > 1
+    return small and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 @torch.library.register_fake(f"mnet_kernels::{_OP}_backward")
-def _backward_fake(dy, x, weight, gamma, beta, mean, var, *constants_and_wanted):
+def _backward_fake(dy, x, z, weight, gamma, beta, mean, var, *constants_and_wanted):
     *_, data, sums = constants_and_wanted
     others = {"dy": dy, "weight": weight, "gamma": gamma, "beta": beta, "mean": mean, "var": var}
     registration.same_device(f"{_OP}_backward", x, **others)
@@ -168,24 +180,25 @@ def _backward_fake(dy, x, weight, gamma, beta, mean, var, *constants_and_wanted)
 # ---- autograd ----
 def _setup_context(ctx, inputs, output):
     x, weight, gamma, beta, *ctx.constants = inputs
-    _, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
-    ctx.save_for_backward(x, weight, gamma, beta, mean, var)
+    _, z, mean, var = output
+    ctx.mark_non_differentiable(z, mean, var)
+    ctx.save_for_backward(x, weight, gamma, beta, z, mean, var)
 
 
-def _backward(ctx, dy, dmean, dvar):
+def _backward(ctx, dy, dz, dmean, dvar):
     if dy is None:
         return (None,) * 10
     wanted = ctx.needs_input_grad[:4]
-    saved = ctx.saved_tensors  # asked for once: gradient checkpointing gives them once
+    x, weight, gamma, beta, z, mean, var = ctx.saved_tensors  # asked for once
     if torch.is_grad_enabled():  # gradients of gradients are asked for
-        gradients = registration.training_gradients(dy, saved[:4], ctx.constants, wanted)
+        tensors = (x, weight, gamma, beta)
+        gradients = registration.training_gradients(dy, tensors, ctx.constants, wanted)
     else:
         needs_x, *needs_others = wanted
         dx, dweight, *sums = _training_backward(
-            dy, *saved, *ctx.constants, needs_x, any(needs_others)
+            dy, x, z, weight, gamma, beta, mean, var, *ctx.constants, needs_x, any(needs_others)
         )
-        gradients = [dx, registration.laid_out_as(dweight, saved[1]), *sums]
+        gradients = [dx, registration.laid_out_as(dweight, weight), *sums]
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 6
 
 
@@ -195,7 +208,7 @@ torch.library.register_autograd(f"mnet_kernels::{_OP}", _backward, setup_context
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        ctx.set_materialize_grads(False)  # of mean and var
+        ctx.set_materialize_grads(False)  # of z, mean and var
         with torch._C._AutoDispatchBelowAutograd():  # past register_autograd's Python
             output = _training(*inputs)
         _setup_context(ctx, inputs, output)
@@ -219,7 +232,7 @@ def _vmap(info, in_dims, x, weight, gamma, beta, *constants):
         )
         for i in range(info.batch_size)
     ]
-    return tuple(torch.stack(outputs) for outputs in zip(*rows, strict=True)), (0, 0, 0)
+    return tuple(torch.stack(outputs) for outputs in zip(*rows, strict=True)), (0,) * 4
 
 
 torch.library.register_vmap(f"mnet_kernels::{_OP}", _vmap)

@@ -40,9 +40,9 @@ def swap(
 
     The copy shares parameters and buffers with ``model``, which stays as it is, and has the same
     state_dict keys. In eval mode, or where norms were frozen, a site is one pass over memory; while
-    a norm uses the batch's statistics, depthwise sites are one operator that keeps its input alone
-    for backward, 1x1 convolutions in float32 on the CPU one that keeps its convolution too, and all
-    others run as before (``explain`` tells). What is done later to
+    a norm uses the batch's statistics, depthwise sites are one operator that keeps little but its
+    input for backward, 1x1 convolutions in float32 on the CPU one that keeps its convolution too,
+    and all others run as before (``explain`` tells). What is done later to
     parameters, statistics or modes is honoured; after changing which modules the model is made of
     (``convert_sync_batchnorm``, say), swap anew.
     Modules that a convolution took over hand their input on: what passes between the two can no

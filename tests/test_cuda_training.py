@@ -40,12 +40,17 @@ def constants(t: Training) -> tuple:
 
 
 def run(t: Training) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.mnet_kernels.dwconv_bn_act_training(*t.problem.tensors, *constants(t))
+    y, z, mean, var = torch.ops.mnet_kernels.dwconv_bn_act_training(
+        *t.problem.tensors, *constants(t)
+    )
+    assert z.numel() == 0
+    return y, mean, var
 
 
 def run_backward(t: Training, dy: Tensor, mean: Tensor, var: Tensor, *, data=True, sums=True):
+    x, *others = t.problem.tensors
     return torch.ops.mnet_kernels.dwconv_bn_act_training_backward(
-        dy, *t.problem.tensors, mean, var, *constants(t), data, sums
+        dy, x, x.new_empty(0), *others, mean, var, *constants(t), data, sums
     )
 
 
@@ -192,6 +197,7 @@ def test_opcheck(channels_last):
     p = problem((2, 8, 9, 8), channels_last=channels_last, device="cuda", stride=2, padding=1)
     t = Training(p)
     y, *statistics = run(t)
+    x, *others = p.tensors
     utilities = ("test_schema", "test_faketensor")
     opcheck(
         torch.ops.mnet_kernels.dwconv_bn_act_training.default, (*p.tensors, *constants(t)),
@@ -199,7 +205,7 @@ def test_opcheck(channels_last):
     )  # fmt: skip
     opcheck(
         torch.ops.mnet_kernels.dwconv_bn_act_training_backward.default,
-        (torch.randn_like(y), *p.tensors, *statistics, *constants(t), True, True),
+        (torch.randn_like(y), x, x.new_empty(0), *others, *statistics, *constants(t), True, True),
         test_utils=utilities,
     )
 

@@ -232,19 +232,23 @@ def test_empty_batch():
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
     "constants",
-    [(1, 1, 1, "relu6", 0.01, 1e-5), ((1, 2), (), 2, "silu", 0.01, 1e-3)],
-    ids=["explicit", "same"],
+    [
+        (1, 1, 1, "relu6", 0.01, 1e-5),
+        ((1, 2), (), 2, "silu", 0.01, 1e-3),
+        (2, 1, 1, "relu", 0.01, 1e-5),
+    ],
+    ids=["explicit", "same", "kept"],
 )
 def test_opcheck(channels_last, constants):
     p = problem((2, 6, 9, 8), channels_last=channels_last)
     tensors = [t.requires_grad_() for t in p.tensors]
     opcheck(module._training, (*tensors, *constants))
     with torch.no_grad():
-        y, mean, var = module._training(*tensors, *constants)
+        y, z, mean, var = module._training(*tensors, *constants)
         tensors = [t.detach() for t in tensors]
         for wanted in ((True, True), (True, False), (False, True)):
-            args = (torch.randn_like(y), *tensors, mean, var, *constants, *wanted)
-            opcheck(module._training_backward, args)
+            args = (torch.randn_like(y), tensors[0], z, *tensors[1:], mean, var)
+            opcheck(module._training_backward, (*args, *constants, *wanted))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -302,13 +306,19 @@ def test_vmap_takes_statistics_call_by_call():
     torch.testing.assert_close(ys, torch.stack([dwconv_bn_act_training(t, weight) for t in x]))
 
 
-def test_backward_keeps_its_inputs_and_vectors_alone():
-    leaves = [torch.randn(2, 64, 16, 16), torch.randn(64, 1, 3, 3)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, (1, 2), 2])
+def test_what_backward_keeps(stride, dtype):
+    """Its inputs, vectors, and the convolution where that is small and in float32."""
+    leaves = [torch.randn(2, 64, 16, 16, dtype=dtype), torch.randn(64, 1, 3, 3, dtype=dtype)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        dwconv_bn_act_training(*(t.requires_grad_() for t in leaves), padding=1)
-    large = [t for t in kept if t.numel() > 64 * 9]
-    assert [t.data_ptr() for t in large] == [leaves[0].data_ptr()]
+        dwconv_bn_act_training(*(t.requires_grad_() for t in leaves), stride=stride, padding=1)
+    sizes = [t.numel() for t in kept if t.numel() > 64 * 9]
+    size = leaves[0].numel()
+    small = stride == 2 and dtype == torch.float32
+    assert sizes == ([size, size // 4] if small else [size])
+    assert kept[0].data_ptr() == leaves[0].data_ptr()
 
 
 # ---- bad input ----
@@ -351,14 +361,17 @@ def test_bad_input(backend, change, sentence):
 
 
 def test_bad_gradient():
-    y, mean, var = module._training(X, WEIGHT, None, None, 1, 1, 1, "relu", 0.01, 1e-5)
-    rest = (X, WEIGHT, None, None, mean, var, 1, 1, 1, "relu", 0.01, 1e-5, True, True)
-    for dy, sentence in (
-        (y[:1], r"dy: expected the output's shape \(2, 4, 8, 8\), got shape \(1, 4, 8, 8\)"),
-        (y.double(), r"dy: expected x's dtype float32, got float64"),
+    constants = (2, 1, 1, "relu", 0.01, 1e-5)
+    y, z, mean, var = module._training(X, WEIGHT, None, None, *constants)
+    rest = (WEIGHT, None, None, mean, var, *constants, True, True)
+    for dy, of_z, sentence in (
+        (y[:1], z, r"dy: expected the output's shape \(2, 4, 4, 4\), got shape \(1, 4, 4, 4\)"),
+        (y.double(), z, r"dy: expected x's dtype float32, got float64"),
+        (y, z[:1], r"z: expected what dwconv_bn_act_training returned, got shape \(1, 4, 4, 4\)"),
+        (y, z.double(), r"z: expected what dwconv_bn_act_training returned, got float64"),
     ):
         with pytest.raises(RuntimeError, match="dwconv_bn_act_training_backward: " + sentence):
-            module._training_backward(dy, *rest)
+            module._training_backward(dy, X, of_z, *rest)
 
 
 def test_backends_that_cannot_serve():

@@ -224,15 +224,15 @@ def kept_bytes(model, x):
 
 
 def test_the_depthwise_blocks_of_a_mobilenet_keep_less_than_60_percent():
-    """Native keeps input, convolution and norm (or output); ours its input, which is all there is
-    to share where the stride is 2. The whole is 44 % at 224x224."""
+    """Native keeps input, convolution and norm (or output); ours its input, and the convolution
+    where the stride is 2. The whole is 50 % at 224x224."""
     totals = [0, 0]
     for channels, size, stride in MOBILENET_V1:
         native = dw_bn(channels, nn.ReLU6(), stride=stride).train()
         x = image(2, channels, size, size).requires_grad_()
         for i, model in enumerate((native, swap(native).train())):
             totals[i] += kept_bytes(model, x)
-    assert 0.3 * totals[0] < totals[1] < 0.5 * totals[0]
+    assert 0.3 * totals[0] < totals[1] < 0.52 * totals[0]
 
 
 #: Channels, height (of the network at 112x112, a quarter as wide), stride.

@@ -10,16 +10,6 @@ constexpr int64_t kRun = 32;
 // Vectors of channels that elementwise passes hold constants of.
 constexpr int kGroup = kRegisters >= 32 ? 4 : 1;
 
-MNET_INLINE Vector<float> load_lanes(const float* p, int lanes) {
-  return lanes == kWidth<float> ? load(p) : load_first(p, lanes);
-}
-MNET_INLINE void store_lanes(float* p, Vector<float> v, int lanes) {
-  if (lanes == kWidth<float>)
-    store(p, v);
-  else
-    store_first(p, v, lanes);
-}
-
 // Sums in two numbers, K apart.
 MNET_INLINE void store_sum(float* to, int64_t K, const Sum<Vector<float>>& sum, int lanes) {
   store_lanes(to, sum.value, lanes);

@@ -25,7 +25,8 @@ struct TrainingScratch {
     x_columns += call.SW * kOverhang + call.KW;
     d_columns = (call.OW > reach ? call.OW : reach) + 2 * call.KW;
     const int64_t wider = x_columns > d_columns ? x_columns : d_columns;
-    columns = 2 * call.KH * call.KW + 5 + 1 + kSums + wider + call.OW + step * call.W +
+    const int64_t rows_read = (call.z == nullptr ? 1 : 2) * call.OW;
+    columns = 2 * call.KH * call.KW + 5 + 1 + kSums + wider + rows_read + step * call.W +
               ring * (x_columns + d_columns);
     floats = pitch * columns;
   }
@@ -38,11 +39,11 @@ struct StagedRows {
   const DwconvTrainingCall& call;
   const TrainingScratch size;
   const int64_t c_begin, channels, pitch;
-  const bool direct;  // dy and dx are read and written where they are
+  const bool direct;  // dy, dx and z are read and written where they are
   float *weight, *scale, *shift, *mean, *linear, *constant;
   float *pivot, *sums;  // of the block
   float* dweight;
-  float *zeros, *dy_row, *dx_rows, *x_rows, *d_rows;
+  float *zeros, *dy_row, *z_row, *dx_rows, *x_rows, *d_rows;
   int64_t n = 0, staged = 0;  // x's rows [.., staged) of image n have been staged
   int64_t reach_h, reach_w;   // input rows and columns that an output reads
 
@@ -83,6 +84,7 @@ struct StagedRows {
     dweight = zeroed(K * K);
     zeros = zeroed(size.x_columns > size.d_columns ? size.x_columns : size.d_columns);
     dy_row = take(call.OW);
+    z_row = take(call.z == nullptr ? 0 : call.OW);
     dx_rows = take(size.step * call.W);
     x_rows = take(size.ring * size.x_columns);
     d_rows = take(size.ring * size.d_columns);
@@ -125,14 +127,16 @@ struct StagedRows {
                     count, to);
     });
   }
-  // dx's row ih.
-  void store_row(int64_t ih, const float* from) const {
+  // Row `row` of a tensor of `rows` x `columns` pixels.
+  void store_row(void* tensor, int64_t rows, int64_t columns, int64_t row,
+                 const float* from) const {
     with_element([&](auto element) {
-      auto* base = static_cast<decltype(element)*>(call.dx);
+      auto* base = static_cast<decltype(element)*>(tensor);
       if (call.channels_last)
-        store_pixels(base + (n * call.H + ih) * call.W * call.C + c_begin, from);
+        store_pixels(base + (n * rows + row) * columns * call.K + c_begin, columns, from);
       else
-        store_planes(base + (n * call.K + c_begin) * call.H * call.W + ih * call.W, from);
+        store_planes(base + (n * call.K + c_begin) * rows * columns + row * columns, rows * columns,
+                     columns, from);
     });
   }
 
@@ -162,8 +166,8 @@ struct StagedRows {
   }
 
   template <typename Elem>
-  void store_pixels(Elem* to, const float* from) const {
-    for (int64_t i = 0; i < call.W; ++i, to += call.C, from += pitch) {
+  void store_pixels(Elem* to, int64_t count, const float* from) const {
+    for (int64_t i = 0; i < count; ++i, to += call.K, from += pitch) {
       int64_t v = 0;
       for (; v + V <= channels; v += V) store(to + v, load(from + v));
       if (v < channels) store_first(to + v, load(from + v), static_cast<int>(channels - v));
@@ -171,12 +175,11 @@ struct StagedRows {
   }
 
   template <typename Elem>
-  void store_planes(Elem* to, const float* from) const {
-    const int64_t plane = call.H * call.W;
+  void store_planes(Elem* to, int64_t plane, int64_t count, const float* from) const {
     for (int64_t v = 0; v < channels; v += V, to += V * plane) {
       const int64_t planes = channels - v < V ? channels - v : V;
-      for (int64_t i = 0; i < call.W; i += V) {
-        const int part = static_cast<int>(call.W - i < V ? call.W - i : V);
+      for (int64_t i = 0; i < count; i += V) {
+        const int part = static_cast<int>(count - i < V ? count - i : V);
         Vec block[V];
         for (int j = 0; j < V; ++j) block[j] = j < part ? load(from + (i + j) * pitch + v) : Vec{};
         transpose(block);
@@ -220,5 +223,58 @@ struct StagedRows {
     if (channels < call.K) return {from, row, channels * bytes, (pixels + times - 1) / times};
     const int64_t lines = (pixels * row + 63) / 64, share = (lines + times - 1) / times * 64;
     return {from, share, share, 1};
+  }
+
+  // An output row of dy or z, where it lies or staged.
+  struct Pixels {
+    const float* first;
+    int64_t step;  // from pixel to pixel
+    bool asks;     // for the row below
+  };
+  Pixels row_of(const void* tensor, int64_t oh, float* staged_row) {
+    if (direct)
+      return {static_cast<const float*>(tensor) + (n * call.OH + oh) * call.OW * call.K + c_begin,
+              call.K, call.prefetch};
+    load_row(tensor, call.OH, call.OW, oh, call.OW, staged_row);
+    return {staged_row, pitch, false};
+  }
+  // Where statistics leave a row of z.
+  struct Kept {
+    float* first;
+    int64_t step;
+    bool asks;
+  };
+  Kept kept_row(int64_t oh) const {
+    if (call.z == nullptr || !direct) return {call.z == nullptr ? nullptr : z_row, pitch, false};
+    return {static_cast<float*>(call.z) + (n * call.OH + oh) * call.OW * call.K + c_begin, call.K,
+            call.prefetch};
+  }
+
+  // ---- blocks ----------------------------------------------------------------------------------
+  // run(first, end, opens) for every `step` output rows (or input rows) of a block, image by image.
+  template <typename Run>
+  inline __attribute__((always_inline)) void each_rows(int64_t block, int64_t rows, int64_t step,
+                                                       const Run& run) {
+    const int64_t band = block % call.bands, image = block / call.bands * call.images;
+    const int64_t begin = rows * band / call.bands, end = rows * (band + 1) / call.bands;
+    bool opens = true;
+    for (n = image; n < image + call.images && n < call.N; ++n) {
+      staged = 0;
+      for (int64_t i = begin; i < end; i += step) {
+        run(i, i + step < end ? i + step : end, opens);
+        opens = false;
+      }
+    }
+  }
+
+  void put(int64_t block, int64_t values, int64_t value, float* from) {
+    __builtin_memcpy(
+        static_cast<float*>(call.partials) + (block * values + value) * call.K + c_begin, from,
+        static_cast<std::size_t>(channels) * sizeof(float));
+    for (int64_t i = 0; i < pitch; ++i) from[i] = 0;
+  }
+
+  void put_sums(int64_t block, int64_t values, int64_t from) {
+    for (int i = 0; i < TrainingScratch::kSums; ++i) put(block, values, from + i, sums + i * pitch);
   }
 };

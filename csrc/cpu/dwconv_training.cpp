@@ -22,7 +22,7 @@ namespace mnet::cpu {
 namespace {
 
 using Optional = std::optional<Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Kernel = void (*)(const DwconvTrainingCall&, int64_t, int64_t, void*);
 
 // A call whose tensors are dense and whose constants are set, and the instruction set for it.
@@ -115,9 +115,17 @@ Layout layout_for(const Tensor& x) {
   return is_one_pixel(x) && is_channels_last(x) ? Layout::channels_last : layout_of(x);
 }
 
-// What both gradients have in common. mean and var: of the batch, or none for frozen statistics.
+// Whether backward reads the convolution instead of computing it again: where it is small beside x.
+// mnet_kernels/dwconv_training.py says the same for fake tensors.
+bool keeps_convolution(const Problem& p) {
+  return p.dtype == DType::float32 && p.SH * p.SW >= 4 && p.H * p.W > 1;
+}
+
+// What both gradients have in common. z: the convolution, or none. mean and var: of the batch, or
+// none for frozen statistics.
 struct Backward {
   const Tensor &dy, &x, &weight;
+  const Optional& z;
   const Optional &scale, &shift, &mean, &var;
   double eps;
   bool data, sums;
@@ -128,6 +136,7 @@ void backward(const Problem& p, const Backward& in, Tensor& dx, Tensor& dweight,
               Tensor& dshift) {
   const Layout layout = layout_for(in.x);
   const Tensor x = dense(in.x, layout), dy = dense(in.dy, layout);
+  const Optional z = in.z ? Optional(dense(*in.z, layout)) : Optional();
   Training<Acc> training(p, x, in.weight, layout);
   const auto K = static_cast<std::size_t>(p.K);
   std::vector<Acc> scale_memory, shift_memory, mean_memory, var_memory;
@@ -136,6 +145,7 @@ void backward(const Problem& p, const Backward& in, Tensor& dx, Tensor& dweight,
   NormBackward<Acc> norm(gamma, in.var ? var : nullptr, in.eps, K);
   DwconvTrainingCall& call = training.call;
   call.dy = dy.const_data_ptr();
+  if (z) call.z = const_cast<void*>(z->const_data_ptr());
   call.scale = norm.scale.data();
   call.shift = per_channel<Acc>(in.shift, p.K, Acc(0), shift_memory);
   call.mean = per_channel<Acc>(in.mean, p.K, Acc(0), mean_memory);
@@ -148,11 +158,12 @@ void backward(const Problem& p, const Backward& in, Tensor& dx, Tensor& dweight,
     if (in.var) norm.add_statistics(gamma, sums, static_cast<double>(p.N * p.OH * p.OW));
   }
   if (in.data) call.dx = dx.mutable_data_ptr();
+  call.stream = in.data && p.dtype == DType::float32 && may_stream(call.dx, p, sizeof(float));
   const auto sums = training.sums(training.kernels.dwconv_gradients, p.KH * p.KW, true);
   if (in.sums) write_dweight<Acc>(p, sums, dweight.mutable_data_ptr());
 }
 
-Gradients gradients(const Problem& p, const Backward& in) {
+FourTensors gradients(const Problem& p, const Backward& in) {
   const Layout layout = layout_of(in.x);
   Tensor dx =
       in.data ? empty_result(in.x, p.N, p.C, p.H, p.W, layout) : empty_strided(in.x, {0}, {1});
@@ -171,16 +182,44 @@ Gradients gradients(const Problem& p, const Backward& in) {
   return {dx, dweight, dscale, dshift};
 }
 
+// y = activate(scale * (z - mean) + shift) from the convolution that is kept.
+Tensor normalised(const Problem& p, const Tensor& x, Tensor& z, Tensor& mean, const float* scale,
+                  const float* shift, Layout layout) {
+  const TrainingKernels& kernels = *active_kernels().training;
+  const int64_t threads = torch::stable::get_num_threads();
+  Tensor y = empty_result(x, p.N, p.K, p.OH, p.OW, layout);
+  auto normalise = [&](auto call, auto kernel, int64_t tasks) {
+    call.activation = p.activation, call.slope = p.slope;
+    call.z = values<float>(z), call.y = values<float>(y);
+    call.mean = values<float>(mean), call.scale = scale, call.shift = shift;
+    share(tasks, threads, [&](int64_t begin, int64_t end) { kernel(call, begin, end, nullptr); });
+  };
+  if (layout == Layout::contiguous) {
+    normalise(DwconvTrainingCall{dwconv_call(p)}, kernels.dwconv_normalise, p.N * p.K);
+    return y;
+  }
+  ConvTrainingCall call{};
+  call.P = p.N * p.OH * p.OW, call.K = p.K;
+  call.block = 64;
+  constexpr int64_t kFloat = sizeof(float);
+  call.stream = may_stream(y.const_data_ptr(), 2 * call.P * call.K * kFloat, call.K * kFloat);
+  normalise(call, kernels.conv_normalise, (call.P + call.block - 1) / call.block);
+  return y;
+}
+
+// z: the convolution, written where it is kept.
 template <typename Acc>
 Tensor forward(const Problem& p, const Tensor& x, const Tensor& weight, const Optional& gamma,
-               const Optional& beta, const Conv2dArguments& args, double eps, Tensor& mean,
-               Tensor& var) {
+               const Optional& beta, const Conv2dArguments& args, double eps, Tensor& z,
+               Tensor& mean, Tensor& var) {
   const auto K = static_cast<std::size_t>(p.K);
+  const Layout layout = layout_for(x);
+  const bool keeps = keeps_convolution(p);
   Statistics exact{std::vector<double>(K), std::vector<double>(K)};
   if (p.N > 0) {
-    const Layout layout = layout_for(x);
     const Tensor input = dense(x, layout);
     Training<Acc> training(p, input, weight, layout);
+    if (keeps) training.call.z = z.mutable_data_ptr();
     const Acc* partials = training.run(training.kernels.dwconv_statistics, 5, false);
     exact = merged(partials, training.blocks(), K,
                    [&](int64_t block) { return training.pixels_of(block); });
@@ -198,6 +237,8 @@ Tensor forward(const Problem& p, const Tensor& x, const Tensor& weight, const Op
     scales[k] = static_cast<Acc>(slope);
     shifts[k] = static_cast<Acc>(offset[k] - exact.mean[k] * slope);
   }
+  if constexpr (std::is_same_v<Acc, float>)
+    if (keeps) return normalised(p, x, z, mean, scales, offset, layout);
   return dwconv_bn_act(x, weight, scale, shift, args.stride, args.padding, args.dilation,
                        args.activation, args.slope);
 }
@@ -214,25 +255,28 @@ Problem checked(const char* op, const Tensor& x, const Tensor& weight, const Opt
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> dwconv_bn_act_training(
-    Tensor x, Tensor weight, Optional gamma, Optional beta, std::vector<int64_t> stride,
-    std::vector<int64_t> padding, std::vector<int64_t> dilation, std::string activation,
-    double slope, double eps) {
+FourTensors dwconv_bn_act_training(Tensor x, Tensor weight, Optional gamma, Optional beta,
+                                   std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                   std::vector<int64_t> dilation, std::string activation,
+                                   double slope, double eps) {
   const Conv2dArguments args{std::move(stride), std::move(padding), std::move(dilation),
                              std::move(activation), slope};
   const Problem p = checked("dwconv_bn_act_training", x, weight, gamma, beta, args, eps);
   Tensor mean = empty_channels(p, p.K), var = empty_channels(p, p.K);
+  Tensor z = keeps_convolution(p) ? empty_result(x, p.N, p.K, p.OH, p.OW, layout_for(x))
+                                  : empty_strided(x, {0}, {1});
   Tensor y = p.dtype == DType::float64
-                 ? forward<double>(p, x, weight, gamma, beta, args, eps, mean, var)
-                 : forward<float>(p, x, weight, gamma, beta, args, eps, mean, var);
-  return {y, mean, var};
+                 ? forward<double>(p, x, weight, gamma, beta, args, eps, z, mean, var)
+                 : forward<float>(p, x, weight, gamma, beta, args, eps, z, mean, var);
+  return {y, z, mean, var};
 }
 
-Gradients dwconv_bn_act_training_backward(Tensor dy, Tensor x, Tensor weight, Optional gamma,
-                                          Optional beta, Tensor mean, Tensor var,
-                                          std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                          std::vector<int64_t> dilation, std::string activation,
-                                          double slope, double eps, bool data, bool sums) {
+FourTensors dwconv_bn_act_training_backward(Tensor dy, Tensor x, Tensor z, Tensor weight,
+                                            Optional gamma, Optional beta, Tensor mean, Tensor var,
+                                            std::vector<int64_t> stride,
+                                            std::vector<int64_t> padding,
+                                            std::vector<int64_t> dilation, std::string activation,
+                                            double slope, double eps, bool data, bool sums) {
   constexpr const char* op = "dwconv_bn_act_training_backward";
   const Conv2dArguments args{std::move(stride), std::move(padding), std::move(dilation),
                              std::move(activation), slope};
@@ -240,19 +284,26 @@ Gradients dwconv_bn_act_training_backward(Tensor dy, Tensor x, Tensor weight, Op
   check::affine(op, "mean", facts_of(mean), p, facts_of(x));
   check::affine(op, "var", facts_of(var), p, facts_of(x));
   check::gradient(op, facts_of(dy), p, facts_of(x));
-  return gradients(p, {dy, x, weight, gamma, beta, mean, var, eps, data, sums});
+  const bool keeps = keeps_convolution(p);
+  const TensorFacts of_z = facts_of(z);
+  const char* const returned = "what dwconv_bn_act_training returned";
+  if (of_z.dtype != p.dtype) check::fail(op, "z", returned, of_z.dtype_name);
+  if (z.numel() != (keeps ? p.N * p.K * p.OH * p.OW : 0) || (keeps && of_z.dim != 4))
+    check::fail(op, "z", returned, check::shape(of_z));
+  return gradients(p, {dy, x, weight, keeps ? Optional(z) : Optional(), gamma, beta, mean, var, eps,
+                       data, sums});
 }
 
-Gradients dwconv_bn_act_backward(Tensor dy, Tensor x, Tensor weight, Optional scale, Optional shift,
-                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                 std::vector<int64_t> dilation, std::string activation,
-                                 double slope, bool data, bool sums) {
+FourTensors dwconv_bn_act_backward(Tensor dy, Tensor x, Tensor weight, Optional scale,
+                                   Optional shift, std::vector<int64_t> stride,
+                                   std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                   std::string activation, double slope, bool data, bool sums) {
   constexpr const char* op = "dwconv_bn_act_backward";
   const Problem p = checked_problem(
       op, facts_of(x), facts_of(weight), facts_of(scale), facts_of(shift),
       {std::move(stride), std::move(padding), std::move(dilation), std::move(activation), slope});
   check::gradient(op, facts_of(dy), p, facts_of(x));
-  return gradients(p, {dy, x, weight, scale, shift, {}, {}, 0, data, sums});
+  return gradients(p, {dy, x, weight, {}, scale, shift, {}, {}, 0, data, sums});
 }
 
 }  // namespace mnet::cpu

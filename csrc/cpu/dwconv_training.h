@@ -60,6 +60,35 @@ static void dwconv_gradients(const DwconvTrainingCall& call, int64_t begin, int6
   training_of(call, begin, end, scratch, [](auto& on, auto... task) { on.gradients(task...); });
 }
 
+// Planes [begin, end) of y = activate(scale * (z - mean) + shift), contiguous float32.
+static void dwconv_normalise(const DwconvTrainingCall& call, int64_t begin, int64_t end, void*) {
+  using Vec = Vector<float>;
+  constexpr int V = kWidth<float>, kBlock = 4;
+  const Clamp<float> clamp = clamp_of<float>(call.activation);
+  const int64_t pixels = call.OH * call.OW;
+  for (int64_t plane = begin; plane < end; ++plane) {
+    auto value = [&](const void* of) { return static_cast<const float*>(of)[plane % call.K]; };
+    const float mean = value(call.mean), scale = value(call.scale), shift = value(call.shift);
+    const float* z = static_cast<const float*>(call.z) + plane * pixels;
+    float* y = static_cast<float*>(call.y) + plane * pixels;
+    for (int64_t i = 0; i < pixels; i += kBlock * V) {
+      auto lanes = [&](int b) {
+        const int64_t left = pixels - i - b * V;
+        return static_cast<int>(left < 0 ? 0 : left < V ? left : V);
+      };
+      Vec out[kBlock];
+      for (int b = 0; b < kBlock; ++b)
+        out[b] =
+            lanes(b) == 0 ? Vec{} : (load_lanes(z + i + b * V, lanes(b)) - mean) * scale + shift;
+      if (!clamp.exact) activate_registers<float, kBlock>(call, out);
+      for (int b = 0; b < kBlock; ++b)
+        if (lanes(b) > 0)
+          store_lanes(y + i + b * V, at_most<float>(at_least<float>(out[b], clamp.low), clamp.high),
+                      lanes(b));
+    }
+  }
+}
+
 static int64_t dwconv_training_scratch(const DwconvTrainingCall& call) {
   if (dwconv_training_is_fast(call, kWidth<float>)) {
     const int64_t last = call.K - (call.channel_chunks - 1) * call.channel_chunk;

@@ -139,6 +139,20 @@ struct TrainingPlane {
     flat_sum(identity, taps, weights + m * size.taps, size.taps, flat, conv);
   }
 
+  // The convolution to where it is kept, or from there.
+  void keep() {
+    const int64_t pixels = call.OH * call.OW;
+    Elem* image = static_cast<Elem*>(call.z) + n * call.K * pixels;
+    Elem* to = call.channels_last ? plane : image + k * pixels;
+    each_vector([&](int64_t o, int64_t i, int n) { store_lanes(to + i, load(conv + o), n); });
+    for (int64_t i = 0; call.channels_last && i < pixels; ++i) image[i * call.K + k] = plane[i];
+  }
+  void read_kept() {
+    const Elem* from = plane_of(call.z, call.K, k, call.OH * call.OW);
+    each_vector(
+        [&](int64_t o, int64_t i, int n) { store_lanes(conv + o, load_lanes(from + i, n), n); });
+  }
+
   // body(o, i, lanes) for all vectors of all output rows: o counts in the flat run, i in the plane.
   template <typename Body>
   inline __attribute__((always_inline)) void each_vector(const Body& body) const {
@@ -149,18 +163,21 @@ struct TrainingPlane {
   }
 
   // A block of channel c: `opens` before the first plane of each output channel.
+  enum class Needs { convolution_computed, convolution, convolution_and_x };
   template <typename Body>
-  void each_plane(int64_t block, int64_t c, const Body& body) {
+  void each_plane(int64_t block, int64_t c, Needs needs, const Body& body) {
+    const bool reads = call.z != nullptr && needs != Needs::convolution_computed;
     for (int64_t m = 0; m < call.multiplier; ++m)
       for (int64_t t = 0; t < size.taps; ++t)
         weights[m * size.taps + t] =
             static_cast<const Acc*>(call.weight)[t * call.K + c * call.multiplier + m];
     const int64_t begin = block * call.images;
     for (n = begin; n < begin + call.images && n < call.N; ++n) {
-      stage(call, s, read_plane(c), 0, call.OH, staged);
+      if (!reads || needs == Needs::convolution_and_x)
+        stage(call, s, read_plane(c), 0, call.OH, staged);
       for (int64_t m = 0; m < call.multiplier; ++m) {
         k = c * call.multiplier + m;
-        convolve(m);
+        reads ? read_kept() : convolve(m);
         body(m, n == begin);
       }
     }
@@ -184,7 +201,8 @@ struct TrainingPlane {
   }
 
   void statistics(int64_t block, int64_t c) {
-    each_plane(block, c, [&](int64_t m, bool opens) {
+    each_plane(block, c, Needs::convolution_computed, [&](int64_t m, bool opens) {
+      if (call.z != nullptr) keep();
       Acc* mine = sums + 5 * m;
       if (opens) {
         Vec total = {};
@@ -214,7 +232,7 @@ struct TrainingPlane {
     const Bounds bounds = bounds_of(call.activation);
     each_vector([&](int64_t o, int64_t i, int lanes) {
       const Vec centred = load(conv + o) - mean, z = centred * scale + shift;
-      Vec dz = lanes == V ? load(dy + i) : load_first(dy + i, lanes);
+      Vec dz = load_lanes(dy + i, lanes);
       if (bounds.exact)
         dz = activate_backward<Acc>(bounds, z, dz);
       else
@@ -224,7 +242,7 @@ struct TrainingPlane {
   }
 
   void gradient_sums(int64_t block, int64_t c) {
-    each_plane(block, c, [&](int64_t m, bool) {
+    each_plane(block, c, Needs::convolution, [&](int64_t m, bool) {
       Vec first = {}, second = {};
       each_gradient([&](int64_t, int lanes, Vec dz, Vec centred) {
         dz = first_lanes<Acc>(dz, lanes);
@@ -238,16 +256,13 @@ struct TrainingPlane {
   }
 
   void gradients(int64_t block, int64_t c) {
-    each_plane(block, c, [&](int64_t m, bool) {
+    each_plane(block, c, Needs::convolution_and_x, [&](int64_t m, bool) {
       const Acc scale = static_cast<const Acc*>(call.scale)[k];
       const Acc linear = static_cast<const Acc*>(call.linear)[k];
       const Acc constant = static_cast<const Acc*>(call.constant)[k];
       each_gradient([&](int64_t o, int lanes, Vec dz, Vec centred) {
         const Vec gradient = dz * scale + (centred * linear + constant);
-        if (lanes == V)
-          store(d + o, gradient);
-        else
-          store_first(d + o, gradient, lanes);
+        store_lanes(d + o, gradient, lanes);
       });
       for (int64_t t = 0; t < size.taps; ++t) dweight[m * size.taps + t] += dot(d, taps[t]);
       if (call.dx == nullptr) return;

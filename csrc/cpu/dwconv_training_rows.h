@@ -54,6 +54,33 @@ struct TrainingRows : StagedRows {
     }
   }
 
+  // The same of a row that has been kept, where one has been, or of the convolution.
+  template <int T, typename Begin, typename Finish, typename End>
+  inline __attribute__((always_inline)) void kept_or_convolve(int64_t oh, const Begin& begin,
+                                                              const Finish& finish,
+                                                              const End& end) {
+    if (S == 1 || call.z == nullptr) return convolve<T>(oh, true, begin, finish, end);
+    const Pixels z = row_of(call.z, oh, z_row);
+    for (int64_t v = 0; v < channels; v += V) {
+      auto state = begin(v);
+      const float* from = z.first + v;
+      for (int64_t ow = 0; ow < call.OW; ow += T, from += T * z.step) {
+        const int count = ow + T <= call.OW ? T : static_cast<int>(call.OW - ow);
+        Vec conv[T];
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) {
+          conv[t] = t < count ? load(from + t * z.step) : Vec{};
+          if (z.asks) __builtin_prefetch(from + (t + call.OW) * z.step, 0, 2);  // the pixel below
+        }
+        if (count == T)
+          finish(state, v, ow, conv, Constant<T>{});
+        else
+          finish(state, v, ow, conv, Constant<0>{});
+      }
+      end(state, v);
+    }
+  }
+
   // Tiles that waste least.
   template <typename Row>
   inline __attribute__((always_inline)) void tiled(int64_t columns, const Row& row) {
@@ -94,6 +121,7 @@ struct TrainingRows : StagedRows {
 
   // ---- statistics ------------------------------------------------------------------------------
   void statistics_row(int64_t oh, bool opens_block) {
+    const Kept z = kept_row(oh);
     tiled(call.OW, [&](auto columns) __attribute__((always_inline)) {
       constexpr int T = decltype(columns)::value;
       convolve<T>(
@@ -109,6 +137,13 @@ struct TrainingRows : StagedRows {
                   store(pivot + v, total / static_cast<float>(count));
                 }
                 const Vec from = load(pivot + v);
+                float* const to = z.first + ow * z.step + v;
+#pragma GCC unroll 16
+                for (int t = 0; t < T; ++t) {
+                  if (S == 1 || z.first == nullptr || t >= count) continue;
+                  if (z.asks) __builtin_prefetch(to + (t + call.OW) * z.step, 1, 2);
+                  store(to + t * z.step, conv[t]);
+                }
                 Vec away[T], squares[T];
 #pragma GCC unroll 16
                 for (int t = 0; t < T; ++t) {
@@ -120,21 +155,10 @@ struct TrainingRows : StagedRows {
               },
           end_sums());
     });
+    if (z.first == z_row) store_row(call.z, call.OH, call.OW, oh, z_row);
   }
 
   // ---- gradients -------------------------------------------------------------------------------
-  // A row of dy, where it lies or staged.
-  struct Pixels {
-    const float* first;
-    int64_t step;  // from pixel to pixel
-  };
-  Pixels row_of_dy(int64_t oh) {
-    if (direct)
-      return {static_cast<const float*>(call.dy) + (n * call.OH + oh) * call.OW * call.K + c_begin,
-              call.K};
-    load_row(call.dy, call.OH, call.OW, oh, call.OW, dy_row);
-    return {dy_row, pitch};
-  }
 
   // each(t, dz, convolution less the mean) for the first `count` columns of a tile.
   template <int T, typename Each>
@@ -143,12 +167,11 @@ struct TrainingRows : StagedRows {
                                                            const Each& each) const {
     const Vec m = load(mean + v), factor = load(scale + v), offset = load(shift + v);
     const float* from = dy.first + ow * dy.step + v;
-    const bool asks = direct && call.prefetch;
     if (bounds.exact) {
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
         if (t >= count) continue;
-        if (asks) __builtin_prefetch(from + (t + call.OW) * dy.step, 0, 2);  // the pixel below
+        if (dy.asks) __builtin_prefetch(from + (t + call.OW) * dy.step, 0, 2);  // the pixel below
         const Vec centred = conv[t] - m, z = centred * factor + offset;
         each(t, activate_backward<float>(bounds, z, load(from + t * dy.step)), centred);
       }
@@ -169,11 +192,11 @@ struct TrainingRows : StagedRows {
 
   void sums_row(int64_t oh) {
     const Bounds bounds = bounds_of(call.activation);
-    const Pixels dy = row_of_dy(oh);
+    const Pixels dy = row_of(call.dy, oh, dy_row);
     tiled(call.OW, [&](auto columns) __attribute__((always_inline)) {
       constexpr int T = decltype(columns)::value;
-      convolve<T>(
-          oh, true, begin_sums(),
+      kept_or_convolve<T>(
+          oh, begin_sums(),
           [&](Pair& pair, int64_t v, int64_t ow, Vec* conv, auto full)
               __attribute__((always_inline)) {
                 const int count = decltype(full)::value ? T : static_cast<int>(call.OW - ow);
@@ -193,12 +216,12 @@ struct TrainingRows : StagedRows {
   // The gradient of the convolution's row oh, into the ring.
   void d_row(int64_t oh) {
     const Bounds bounds = bounds_of(call.activation);
-    const Pixels dy = row_of_dy(oh);
+    const Pixels dy = row_of(call.dy, oh, dy_row);
     float* to = d_rows + (oh % size.ring * size.d_columns + K - 1) * pitch;
     tiled(call.OW, [&](auto columns) __attribute__((always_inline)) {
       constexpr int T = decltype(columns)::value;
-      convolve<T>(
-          oh, true, [](int64_t) { return 0; },
+      kept_or_convolve<T>(
+          oh, [](int64_t) { return 0; },
           [&](int, int64_t v, int64_t ow, Vec* conv, auto full) __attribute__((always_inline)) {
             const int count = decltype(full)::value ? T : static_cast<int>(call.OW - ow);
             const Vec factor = load(scale + v), b = load(linear + v), c = load(constant + v);
@@ -239,9 +262,15 @@ struct TrainingRows : StagedRows {
     const float* x;
     int64_t phase;
   };
+  // Whether gradients read x where it is: where it is read once, and to its end.
+  bool reads_x() const {
+    return S > 1 && direct && call.z != nullptr && reach_h == call.H && reach_w == call.W;
+  }
   Meeting meeting(int64_t ih) const {
     Meeting row;
-    row.x = x_row(ih) + call.left * pitch;
+    row.x = reads_x()
+                ? static_cast<const float*>(call.x) + (n * call.H + ih) * call.W * call.C + c_begin
+                : x_row(ih) + call.left * pitch;
     row.phase = (ih + call.top) % S;
     for (int kh = 0; kh < K; ++kh) {
       const int64_t scaled = ih + call.top - kh, oh = scaled / S;
@@ -255,8 +284,10 @@ struct TrainingRows : StagedRows {
   // A row of dx, from what there is `before` or nothing.
   template <int First>
   inline __attribute__((always_inline)) void dx_row(const float* const* rows, const float* x,
-                                                    Taps& taps, const float* before, float* to,
-                                                    int64_t to_pixel, bool asks) const {
+                                                    int64_t x_pixel, Taps& taps,
+                                                    const float* before, float* to,
+                                                    int64_t to_pixel, bool asks,
+                                                    bool streams) const {
     const float* d[kTapRows];
 #pragma GCC unroll 3
     for (int i = 0; i < kTapRows; ++i) d[i] = rows[i];
@@ -264,9 +295,16 @@ struct TrainingRows : StagedRows {
       constexpr int R = decltype(r)::value;
       Vec dx = {};
       if (kTapRows < K && before != nullptr) dx = load(before), before += pitch;
-      if (asks) __builtin_prefetch(to + call.W * to_pixel, 1, 2);  // the pixel below
-      store(to, column<R, First>(load(x), d, taps, dx));
-      to += to_pixel, x += pitch;
+      if (asks) {  // for the pixel below
+        if (!streams) __builtin_prefetch(to + call.W * to_pixel, 1, 2);
+        if (S > 1) __builtin_prefetch(x + call.W * x_pixel, 0, 2);
+      }
+      dx = column<R, First>(load(x), d, taps, dx);
+      if (kStreams && streams)
+        stream(to, dx);
+      else
+        store(to, dx);
+      to += to_pixel, x += x_pixel;
       if (R == S - 1)
 #pragma GCC unroll 3
         for (int i = 0; i < kTapRows; ++i) d[i] += pitch;
@@ -293,8 +331,8 @@ struct TrainingRows : StagedRows {
         taps.sum[i][kw] = load(tap + (i * K + kw) * pitch);
       }
     const bool here = direct && call.dx != nullptr && kh + kTapRows + S > K;  // dx is complete
-    const bool asks = here && call.prefetch;
-    const int64_t to_pixel = here ? call.C : pitch;
+    const bool asks = here && call.prefetch, streams = here && call.stream;
+    const int64_t to_pixel = here ? call.C : pitch, x_pixel = reads_x() ? call.C : pitch;
     for (int64_t i = 0; i < count; ++i) {
       const Meeting& row = rows[i];
       if (kTapRows < K && kh % S != row.phase) continue;
@@ -306,9 +344,9 @@ struct TrainingRows : StagedRows {
         to =
             static_cast<float*>(call.dx) + (n * call.H + begin + i) * call.W * call.C + c_begin + v;
       if (kTapRows < K || row.phase == 0)
-        dx_row<0>(d, row.x + v, taps, before, to, to_pixel, asks);
+        dx_row<0>(d, row.x + v, x_pixel, taps, before, to, to_pixel, asks, streams);
       else
-        dx_row<S - 1>(d, row.x + v, taps, before, to, to_pixel, asks);
+        dx_row<S - 1>(d, row.x + v, x_pixel, taps, before, to, to_pixel, asks, streams);
     }
 #pragma GCC unroll 3
     for (int i = 0; i < kTapRows; ++i)
@@ -323,37 +361,11 @@ struct TrainingRows : StagedRows {
     for (int64_t v = 0; v < channels; v += V)
       for (int kh = 0; kh < K; kh += kTapRows) add_taps(begin, end - begin, rows, v, kh);
     if (direct || call.dx == nullptr) return;
-    for (int64_t ih = begin; ih < end; ++ih) store_row(ih, dx_rows + (ih - begin) * call.W * pitch);
+    for (int64_t ih = begin; ih < end; ++ih)
+      store_row(call.dx, call.H, call.W, ih, dx_rows + (ih - begin) * call.W * pitch);
   }
 
   // ---- blocks ----------------------------------------------------------------------------------
-  // run(first, end, opens) for every `step` output rows (or input rows) of a block, image by image.
-  template <typename Run>
-  inline __attribute__((always_inline)) void each_rows(int64_t block, int64_t rows, int64_t step,
-                                                       const Run& run) {
-    const int64_t band = block % call.bands, image = block / call.bands * call.images;
-    const int64_t begin = rows * band / call.bands, end = rows * (band + 1) / call.bands;
-    bool opens = true;
-    for (n = image; n < image + call.images && n < call.N; ++n) {
-      staged = 0;
-      for (int64_t i = begin; i < end; i += step) {
-        run(i, i + step < end ? i + step : end, opens);
-        opens = false;
-      }
-    }
-  }
-
-  void put(int64_t block, int64_t values, int64_t value, float* from) {
-    __builtin_memcpy(
-        static_cast<float*>(call.partials) + (block * values + value) * call.K + c_begin, from,
-        static_cast<std::size_t>(channels) * sizeof(float));
-    for (int64_t i = 0; i < pitch; ++i) from[i] = 0;
-  }
-
-  void put_sums(int64_t block, int64_t values, int64_t from) {
-    for (int i = 0; i < TrainingScratch::kSums; ++i) put(block, values, from + i, sums + i * pitch);
-  }
-
   void statistics(int64_t block) {
     each_rows(block, call.OH, 1,
               [&](int64_t oh, int64_t, bool opens) { statistics_row(oh, opens); });
@@ -374,9 +386,10 @@ struct TrainingRows : StagedRows {
         next = lowest <= 0 ? 0 : (lowest + S - 1) / S;
       }
       for (; next <= last && next < call.OH; ++next) d_row(next);
-      stage(ih, end);
+      if (!reads_x()) stage(ih, end);
       input_rows(ih, end);
     });
     for (int tap = 0; tap < K * K; ++tap) put(block, K * K, tap, dweight + tap * pitch);
+    if (call.stream) drain_streams();
   }
 };

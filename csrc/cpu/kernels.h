@@ -30,7 +30,7 @@ struct DwconvCall {
   Activation activation;
   double slope;
   bool prefetch;  // x is not in the caches near by (channels_last)
-  bool stream;    // y may bypass the caches (channels_last, whole aligned lines)
+  bool stream;    // y, or dx, may bypass the caches (channels_last, whole aligned lines)
   // How the work is cut into tasks (see plan_* in dwconv_bn_act.cpp).
   int64_t channel_chunk, channel_chunks;  // channels_last: a task is an output row of one chunk
   int64_t rows_per_task, row_tasks;       // contiguous: a task is a block of rows of one plane
@@ -47,6 +47,8 @@ struct DwconvTrainingCall : DwconvCall {
   const void* constant;
   const void* dy;  // laid out as y
   void* dx;        // laid out as x; null where it is not wanted
+  void* z;         // the convolution, laid out as y: written by statistics; where there is one,
+                   // gradients read it instead of computing it again
   // [block][value][K], of the accumulation type: what a block of pixels adds to the sums over all.
   void* partials;
   bool channels_last;
@@ -173,7 +175,9 @@ struct TrainingKernels {
                                void* scratch);
   // dx. Partials: the gradient of every tap of the weight.
   void (*dwconv_gradients)(const DwconvTrainingCall&, int64_t begin, int64_t end, void* scratch);
-  // Bytes of scratch that a thread of these three needs.
+  // Planes [begin, end) of y from z: contiguous; conv_normalise serves channels_last.
+  void (*dwconv_normalise)(const DwconvTrainingCall&, int64_t begin, int64_t end, void* scratch);
+  // Bytes of scratch that a thread of these needs.
   int64_t (*dwconv_training_scratch)(const DwconvTrainingCall&);
   // Output channels of a panel of the weight's gradient.
   int64_t gradient_rows;

@@ -30,14 +30,17 @@ void* scratch_bytes(std::size_t bytes) {
   return align_line(memory.get());
 }
 
-// Whether a call's result had better bypass the caches: input and output together are beyond what a
-// group of cores shares (typically 32 MB), and the result is made of whole cache lines. The
+// Whether a result had better bypass the caches: `bytes`, input and output together, are beyond
+// what a group of cores shares (typically 32 MB), and the result is made of whole cache lines. The
 // reported cache size is no guide: a virtual machine may report its host's.
-inline bool may_stream(const void* y, const Problem& p, int64_t element_size) {
+inline bool may_stream(const void* y, int64_t bytes, int64_t pixel_bytes) {
   constexpr int64_t kStreamFrom = int64_t{24} << 20, kLine = 64;
-  const int64_t elements = p.N * (p.C * p.H * p.W + p.K * p.OH * p.OW);
-  return elements * element_size > kStreamFrom && p.K * element_size % kLine == 0 &&
+  return bytes > kStreamFrom && pixel_bytes % kLine == 0 &&
          reinterpret_cast<std::uintptr_t>(y) % kLine == 0;
+}
+inline bool may_stream(const void* y, const Problem& p, int64_t element_size) {
+  const int64_t elements = p.N * (p.C * p.H * p.W + p.K * p.OH * p.OW);
+  return may_stream(y, elements * element_size, p.K * element_size);
 }
 
 }  // namespace mnet::cpu

@@ -225,6 +225,19 @@ MNET_INLINE void store_first(Elem* p, Vector<Accumulator<Elem>> v, int n) {
 #endif
 }
 
+// The same where all lanes may be meant.
+template <typename Elem>
+MNET_INLINE Vector<Accumulator<Elem>> load_lanes(const Elem* p, int n) {
+  return n == kWidth<Accumulator<Elem>> ? load(p) : load_first(p, n);
+}
+template <typename Elem>
+MNET_INLINE void store_lanes(Elem* p, Vector<Accumulator<Elem>> v, int n) {
+  if (n == kWidth<Accumulator<Elem>>)
+    store(p, v);
+  else
+    store_first(p, v, n);
+}
+
 // Lanes 0, 2, 4, ... of two vectors laid end to end.
 template <typename T>
 MNET_INLINE Vector<T> even_lanes(Vector<T> low, Vector<T> high) {

@@ -87,7 +87,7 @@ void start(const char* op, const TrainingChoice& choice, Start&& start_all) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> dwconv_bn_act_training(
+std::tuple<Tensor, Tensor, Tensor, Tensor> dwconv_bn_act_training(
     Tensor x, Tensor weight, std::optional<Tensor> gamma, std::optional<Tensor> beta,
     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
     std::string activation, double slope, double eps) {
@@ -121,14 +121,14 @@ std::tuple<Tensor, Tensor, Tensor> dwconv_bn_act_training(
   forward.scale = call.scale, forward.shift = call.shift;
   const Steps steps{Launcher::on(current_stream(facts.device_index)), p.dtype};
   start(kForward, choice, [&] { training_forward(steps, choice, call); });
-  return {y, mean, var};
+  return {y, empty_strided(x, {0}, {1}), mean, var};  // the convolution is not kept
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dwconv_bn_act_training_backward(
-    Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> gamma, std::optional<Tensor> beta,
-    Tensor mean, Tensor var, std::vector<int64_t> stride, std::vector<int64_t> padding,
-    std::vector<int64_t> dilation, std::string activation, double slope, double eps, bool data,
-    bool sums) {
+    Tensor dy, Tensor x, Tensor /*z*/, Tensor weight, std::optional<Tensor> gamma,
+    std::optional<Tensor> beta, Tensor mean, Tensor var, std::vector<int64_t> stride,
+    std::vector<int64_t> padding, std::vector<int64_t> dilation, std::string activation,
+    double slope, double eps, bool data, bool sums) {
   const TensorFacts facts = facts_of(x);
   const Problem p = checked(kBackward, facts, weight, gamma, beta,
                             {std::move(stride), std::move(padding), std::move(dilation),

@@ -59,8 +59,8 @@ class FusedConv2d(nn.Conv2d):
 
     Parameters, buffers and state_dict are the Conv2d's. In eval mode (or with a norm that was
     frozen by ``.eval()``) it is one pass over memory; with the batch's statistics a depthwise one
-    is one operator too, which keeps its input alone for backward, and a 1x1 in float32 on the CPU,
-    which keeps its convolution too. Where no backend serves the input, and for all other
+    is one operator too, which keeps little but its input for backward, and a 1x1 in float32 on the
+    CPU, which keeps its convolution too. Where no backend serves the input, and for all other
     convolutions with the batch's statistics, it is :meth:`forward_native`. The norm is read at
     every call: nothing that is done to it later is missed. The exceptions are writes that leave no
     trace to look for: through ``.data``, of a single element of a large convolution weight on the
