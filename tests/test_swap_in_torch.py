@@ -134,6 +134,7 @@ def test_export(strict):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
 def test_jit_trace():
     fast = swap(two_layers())
     x, other = image(2, 8, 6, 6), image(3, 8, 7, 7)

@@ -106,7 +106,7 @@ class FusedConv2d(nn.Conv2d):
         weight = self._parameters.get("weight")
         if weight is None:
             return "its weight is no parameter, but computed (parametrised)"
-        if weight.shape != declared_shape(self):
+        if not torch.jit.is_tracing() and weight.shape != declared_shape(self):
             return "its weight has been given another shape"
         if self.uses_batch_statistics() if in_training is None else in_training:
             why = fusion.native_training
@@ -147,7 +147,8 @@ class FusedConv2d(nn.Conv2d):
         if torch.is_autocast_enabled(device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
             x, weight = x.to(dtype), weight.to(dtype)  # type: ignore[assignment]
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
+        traced = torch.jit.is_tracing()  # there it warns to look at sizes
+        if x.dim() != 4 or not (traced or x.shape[1] == self.in_channels):
             return self.forward_native(x)  # which has words for that
         if x.dtype != weight.dtype or device != weight.device or in_functorch():
             return self.forward_native(x)
