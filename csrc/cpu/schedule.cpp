@@ -116,17 +116,15 @@ void choose_groups(Schedule& schedule, const Sequence& s, int64_t threads) {
 // far. Those before them ask for them: the last ones first, each for what comes while it works.
 void ask_early(Schedule& schedule, const Sequence& s) {
   constexpr int64_t kFew = 2, kLarge = 64 << 10, kFlopsAByte = 20;
-  const auto [begin, end, images] = schedule.segment;
+  const int64_t begin = schedule.segment.begin, images = schedule.segment.images;
   std::vector<int64_t> room(s.stages.size());  // bytes
-  std::vector<bool> last(s.stages.size());     // of their group
-  for (const Group& group : schedule.groups) last[static_cast<std::size_t>(group.end - 1)] = true;
-  for (int64_t i = begin; i < end; ++i) {
+  for (const Group& group : schedule.groups) {
+    const int64_t i = group.end - 1;
     const Problem& p = stage(s, i).p;
-    const int64_t pixels = images * p.OH * p.OW, taps = p.KH * p.KW * p.C;
     if (stage(s, i).kind != Kind::dense) continue;
-    if (pixels > kFew) {
-      if (last[static_cast<std::size_t>(i)])
-        room[static_cast<std::size_t>(i)] = 2 * pixels * p.K * taps / kFlopsAByte;
+    if (const int64_t pixels = images * p.OH * p.OW; pixels > kFew) {
+      const int64_t flops = 2 * pixels * p.K * p.KH * p.KW * p.C;
+      room[static_cast<std::size_t>(i)] = flops / kFlopsAByte;
       continue;
     }
     int64_t bytes = packed_bytes(p);
