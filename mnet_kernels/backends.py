@@ -156,7 +156,12 @@ def has_kernel(op: str, backend: str) -> bool:
     """Whether a fused backend has an operator of its own by this name."""
     if backend == "triton":
         return triton_operator(op) is not None
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mnet_kernels::{op}", backend.upper())
+    return _dispatches(op, backend.upper())
+
+
+@cache
+def _dispatches(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mnet_kernels::{op}", key)
 
 
 def triton_operator(op: str) -> Any:

@@ -8,7 +8,6 @@ strides make it small beside the input. What the operator means: reference.py.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -94,10 +93,10 @@ def dwconv_bn_act_training(
 
 
 def _select(backend: str | None, x: Tensor) -> str:
-    if backend is None and type(x) is Tensor and x.is_cpu and _implemented("CPU"):
+    if backend is None and type(x) is Tensor and x.is_cpu and backends.has_kernel(_OP, "cpu"):
         return "cpu"
     chosen = ops._select(_OP, backend, x)
-    if chosen in ("cpu", "cuda") and not _implemented(chosen.upper()):
+    if chosen in ("cpu", "cuda") and not backends.has_kernel(_OP, chosen):
         if backend is not None:
             raise RuntimeError(
                 f"{_OP}: backend: expected one that can serve x, got {backend!r}: "
@@ -106,16 +105,6 @@ def _select(backend: str | None, x: Tensor) -> str:
         backends._warn_native(_OP, x.device.type)
         return "native"
     return chosen
-
-
-@torch.compiler.assume_constant_result
-def _implemented(key: str) -> bool:
-    return _has_kernel(key)
-
-
-@functools.cache
-def _has_kernel(key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mnet_kernels::{_OP}", key)
 
 
 def _native(x, weight, gamma, beta, running_mean, running_var, momentum, eps, *constants) -> Tensor:

@@ -88,11 +88,7 @@ def summary(alpha: float, size: int, classes: int) -> None:
 
     try:
         table = models.summary(models.mobilenet_v1(alpha, classes), (1, 3, size, size))
-    except (
-        ValueError,
-        OverflowError,
-        RuntimeError,
-    ) as error:  # the last: more than fits the memory
+    except (ValueError, OverflowError, RuntimeError) as error:  # the last: beyond memory
         raise click.BadParameter(str(error), param_hint="--alpha") from None
     from rich.console import Console
 
