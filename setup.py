@@ -178,6 +178,8 @@ extensions = [
             "csrc/cpu/dwconv_bn_act.cpp",
             "csrc/cpu/dwconv_training.cpp",
             "csrc/cpu/conv_training.cpp",
+            "csrc/cpu/conv_patches.cpp",
+            "csrc/cpu/running_statistics.cpp",
             "csrc/cpu/conv_bn_act.cpp",
             "csrc/cpu/conv_sequence.cpp",
             "csrc/cpu/sequence.cpp",

@@ -41,6 +41,13 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
       "conv_bn_act_training_backward(Tensor dy, Tensor x, Tensor z, Tensor weight, Tensor? gamma, "
       "Tensor? beta, Tensor mean, Tensor var, str activation, float slope, float eps, bool data, "
       "bool sums) -> (Tensor, Tensor, Tensor, Tensor)");
+  // The rows that a convolution with this weight (K, C, Kh, Kw) multiplies, (N, Kh*Kw*C, OH, OW),
+  // float32, channels_last.
+  m.def("conv_patches(Tensor x, Tensor weight, int[2] stride, int[4] padding) -> Tensor");
+  // BatchNorm's, after a batch of `count` values a channel; var is biased.
+  m.def(
+      "update_running_statistics(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, "
+      "Tensor var, float momentum, int count) -> ()");
   // Depthwise + affine + activation, then pointwise (pw_weight (K, C*M, 1, 1)) + affine +
   // activation, then + residual; what is between the two never reaches memory. tf32: on a GPU, the
   // pointwise half may multiply float32 as TF32.

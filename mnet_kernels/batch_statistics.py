@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mnet_kernels import registration
 
+_update = torch.ops.mnet_kernels.update_running_statistics.default
+
 
 def values(y: Tensor) -> int:
     """Values a channel, of which a statistic is taken."""
@@ -71,6 +73,12 @@ def update(
     """
     if running_mean is None or running_var is None or not count:
         return
+    if running_mean.is_cpu and not (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    ):
+        with torch.no_grad():
+            _update(running_mean, running_var, mean, var, momentum, count)
+        return
     with torch.no_grad():
         running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
         unbiased = count / (count - 1)
@@ -89,3 +97,8 @@ def records_plainly(*tensors: Tensor | None) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and any(t is not None and t.requires_grad for t in tensors)
     )
+
+
+@torch.library.register_fake("mnet_kernels::update_running_statistics")
+def _fake(running_mean, running_var, mean, var, momentum, count):
+    """It returns nothing."""

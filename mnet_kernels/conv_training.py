@@ -17,6 +17,7 @@ from mnet_kernels import batch_statistics, reference, registration
 _OP = "conv_bn_act_training"
 _training = torch.ops.mnet_kernels.conv_bn_act_training.default
 _training_backward = torch.ops.mnet_kernels.conv_bn_act_training_backward.default
+_patches = torch.ops.mnet_kernels.conv_patches.default
 
 
 def conv_bn_act_training(
@@ -67,7 +68,37 @@ def conv_bn_act_training(
     return y
 
 
+def conv_patches(
+    x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Tensor:
+    """The rows that a convolution multiplies: with them it is a 1x1 one. No gradient of x.
+
+    Args:
+        x: ``(N, C, H, W)`` float32 on the CPU.
+        weight: ``(K, C, Kh, Kw)`` float32, of which only the shape counts.
+        stride: (h, w); padding: (top, left, bottom, right).
+
+    Returns:
+        ``(N, Kh*Kw*C, OH, OW)`` float32, channels_last; the weight belonging to it is
+        ``(K, Kh*Kw*C, 1, 1)``, C last.
+
+    Raises:
+        RuntimeError: as for :func:`conv_bn_act_training`.
+    """
+    return _patches(x.detach(), weight.detach(), stride, padding)
+
+
 # ---- torch.compile, torch.export ----
+@torch.library.register_fake("mnet_kernels::conv_patches")
+def _patches_fake(x, weight, stride, padding):
+    registration.same_device("conv_patches", x, weight=weight)
+    n, _, h, w = x.shape
+    _, c, kh, kw = weight.shape
+    top, left, bottom, right = padding
+    sizes = (h + top + bottom - kh) // stride[0] + 1, (w + left + right - kw) // stride[1] + 1
+    return x.new_empty((n, kh * kw * c, *sizes)).to(memory_format=torch.channels_last)
+
+
 @torch.library.register_fake(f"mnet_kernels::{_OP}")
 def _fake(x, weight, gamma, beta, activation, slope, eps):
     registration.same_device(_OP, x, weight=weight, gamma=gamma, beta=beta)
@@ -84,8 +115,11 @@ def _fake(x, weight, gamma, beta, activation, slope, eps):
 def _backward_fake(dy, x, z, weight, gamma, beta, mean, var, *constants_and_wanted):
     *_, data, _sums = constants_and_wanted
     dx = x.new_empty(x.shape).to(memory_format=torch.channels_last) if data else x.new_empty(0)
+    dense = weight.is_contiguous()
+    dweight = x.new_empty(weight.shape)
+    dweight = dweight.as_strided(weight.shape, weight.stride()) if dense else dweight
     dgamma, dbeta = (batch_statistics.per_channel(x, weight.shape[0]) for _ in range(2))
-    return dx, x.new_empty(weight.shape), dgamma, dbeta
+    return dx, dweight, dgamma, dbeta
 
 
 # ---- autograd ----
@@ -104,10 +138,9 @@ def _backward(ctx, dy, dz, dmean, dvar):
     if torch.is_grad_enabled():  # gradients of gradients are asked for
         gradients = _differentiable_gradients(dy, (x, weight, gamma, beta), ctx.constants, wanted)
     else:
-        dx, dweight, *sums = _training_backward(
+        gradients = _training_backward(
             dy, x, z, weight, gamma, beta, mean, var, *ctx.constants, wanted[0], any(wanted[1:])
         )
-        gradients = [dx, registration.laid_out_as(dweight, weight), *sums]
     return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *(None,) * 3
 
 

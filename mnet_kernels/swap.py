@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from mnet_kernels.decisions import Explanation, Swapped, load, measure, record_of
-from mnet_kernels.nn import FusedConv2d, Fusion, absorbed, check_backend
+from mnet_kernels.nn import FusedConv2d, Fusion, PixelConv2d, absorbed, check_backend
 from mnet_kernels.pairs import runners
 from mnet_kernels.patterns import find
 from mnet_kernels.plan import Plan, Site
@@ -224,6 +224,9 @@ def _apply(plan: Plan, fast: nn.Module, backend: str | None) -> None:
     for path, runs in plan.runs.items():
         module = fast.get_submodule(path)
         module.__dict__["forward"] = sequenced(module, runs, fast)
+    if backend in (None, "cpu"):
+        for module in fast.modules():
+            PixelConv2d.take(module)
 
 
 def _fusion(site: Site, fast: nn.Module, backend: str | None) -> Fusion:

@@ -152,6 +152,14 @@ def test_empty_batch():
     assert all(torch.equal(a, b) for a, b in zip(before, running, strict=True))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=str)
+def test_the_weights_gradient_has_its_strides(layout):
+    """DistributedDataParallel warns of others."""
+    weight = torch.randn(6, 4, 1, 1).to(memory_format=layout).requires_grad_()
+    conv_bn_act_training(torch.randn(2, 4, 3, 3), weight).sum().backward()
+    assert weight.grad.stride() == weight.stride()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_ruler_sees_what_is_wrong_on_large_planes(name):
     """Sums over 100,000 pixels by a ten thousandth."""
@@ -170,6 +178,7 @@ def test_opcheck():
     opcheck(module._training, (*(t.requires_grad_() for t in p.tensors), *constants))
     with torch.no_grad():
         tensors = [t.detach() for t in p.tensors]
+        tensors[1] = tensors[1].to(memory_format=LAST)
         y, z, mean, var = module._training(*tensors, *constants)
         x, *others = tensors
         for wanted in ((True, True), (True, False), (False, True)):

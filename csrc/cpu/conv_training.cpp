@@ -202,7 +202,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> conv_bn_act_training_backward(
 
   Tensor dx = data ? empty_result(x, p.N, p.C, p.H, p.W, Layout::channels_last)
                    : empty_strided(x, {0}, {1});
-  Tensor dweight = empty_4d(x, p.K, p.C, 1, 1, Layout::contiguous);
+  // With the weight's own strides, dense ones of which differ where sizes are 1 alone.
+  const auto strides = weight.strides();
+  Tensor dweight =
+      weight.is_contiguous()
+          ? empty_strided(x, {p.K, p.C, 1, 1}, {strides[0], strides[1], strides[2], strides[3]})
+          : empty_4d(x, p.K, p.C, 1, 1, Layout::contiguous);
   Tensor dgamma = empty_channels(p, p.K), dbeta = empty_channels(p, p.K);
   if (p.N == 0) {
     for (Tensor* t : {&dweight, &dgamma, &dbeta})

@@ -16,6 +16,7 @@ from mnet_kernels.nn.fused import (
     recorded,
 )
 from mnet_kernels.nn.padding import SamePad2d
+from mnet_kernels.nn.pixel import PixelConv2d
 from mnet_kernels.nn.server import FOLDED
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "FusedConv2d",
     "Fusion",
     "NamedActivation",
+    "PixelConv2d",
     "SamePad2d",
     "absorbed",
     "check_backend",

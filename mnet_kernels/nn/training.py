@@ -6,11 +6,10 @@ import math
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mnet_kernels import backends
-from mnet_kernels.conv_training import conv_bn_act_training
+from mnet_kernels.conv_training import conv_bn_act_training, conv_patches
 from mnet_kernels.dwconv_training import dwconv_bn_act_training
 from mnet_kernels.fold import statistics_of
 
@@ -120,11 +119,7 @@ def _is_first(conv: FusedConv2d) -> bool:
 def _as_pointwise(conv: FusedConv2d, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The patches that the convolution reads, ``(N, Kh*Kw*C, OH, OW)`` channels_last, and its
     weight as that of a 1x1 convolution of them."""
-    top, left, bottom, right = conv._all_edges(x)
-    x = F.pad(x, (left, right, top, bottom)).permute(0, 2, 3, 1)
-    for axis, size, step in zip((1, 2), conv.kernel_size, conv.stride, strict=True):
-        x = x.unfold(axis, size, step)
-    patches = x.permute(0, 1, 2, 4, 5, 3).flatten(3).permute(0, 3, 1, 2)
+    patches = conv_patches(x, weight, conv.stride, conv._all_edges(x))
     return patches, weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]
 
 
