@@ -11,19 +11,22 @@ struct TrainingScratch {
   int64_t pitch;                       // a pixel
   int64_t step, ring;            // input rows whose gradient is computed at a time; rows of a ring
   int64_t x_columns, d_columns;  // a row of x, of the gradient of the convolution
+  int64_t span_h, span_w;        // rows and columns from an output's first tap to its last
   int64_t columns, floats;
 
   TrainingScratch(const DwconvTrainingCall& call, int64_t channels)
-      : pitch(((channels + 15) / 16 | 1) * 16) {
+      : pitch(((channels + 15) / 16 | 1) * 16),
+        span_h((call.KH - 1) * call.DH + 1),
+        span_w((call.KW - 1) * call.DW + 1) {
     constexpr int64_t kColumns = 28;  // for which taps had better stay in registers
     step = kColumns / call.W;
     step = step < 2 ? 2 : step < kMostRows ? step : kMostRows;
     step = step < call.H ? step : call.H;
-    ring = step + call.KH - 1;
+    ring = step + span_h - 1;
     const int64_t read = (call.OW - 1) * call.SW, reach = (call.left + call.W) / call.SW;
     x_columns = read > call.left + call.W ? read : call.left + call.W;
-    x_columns += call.SW * kOverhang + call.KW;
-    d_columns = (call.OW > reach ? call.OW : reach) + 2 * call.KW;
+    x_columns += call.SW * kOverhang + span_w;
+    d_columns = (call.OW > reach ? call.OW : reach) + 2 * span_w;
     const int64_t wider = x_columns > d_columns ? x_columns : d_columns;
     const int64_t rows_read = (call.z == nullptr ? 1 : 2) * call.OW;
     columns = 2 * call.KH * call.KW + 5 + 1 + kSums + wider + rows_read + step * call.W +
@@ -54,7 +57,7 @@ struct StagedRows {
         channels(end - begin),
         pitch(size.pitch),
         direct(c.channels_last && c.element == Element::f32 && channels % V == 0) {
-    const int64_t K = call.KH;
+    const int64_t taps = call.KH * call.KW;
     auto* next = static_cast<float*>(scratch);
     auto take = [&](int64_t vectors) {
       float* at = next;
@@ -72,8 +75,8 @@ struct StagedRows {
                          static_cast<std::size_t>(channels) * sizeof(float));
       return to;
     };
-    weight = zeroed(K * K);
-    for (int64_t tap = 0; tap < K * K; ++tap)
+    weight = zeroed(taps);
+    for (int64_t tap = 0; tap < taps; ++tap)
       copied(static_cast<const float*>(call.weight) + tap * call.K, weight + tap * pitch);
     scale = copied(call.scale, zeroed(1));
     shift = copied(call.shift, zeroed(1));
@@ -81,20 +84,23 @@ struct StagedRows {
     linear = copied(call.linear, zeroed(1));
     constant = copied(call.constant, zeroed(1));
     pivot = zeroed(1), sums = zeroed(TrainingScratch::kSums);
-    dweight = zeroed(K * K);
+    dweight = zeroed(taps);
     zeros = zeroed(size.x_columns > size.d_columns ? size.x_columns : size.d_columns);
     dy_row = take(call.OW);
     z_row = take(call.z == nullptr ? 0 : call.OW);
     dx_rows = take(size.step * call.W);
     x_rows = take(size.ring * size.x_columns);
     d_rows = take(size.ring * size.d_columns);
-    reach_h = (call.OH - 1) * call.SH + K - call.top,
-    reach_w = (call.OW - 1) * call.SW + K - call.left;
+    reach_h = (call.OH - 1) * call.SH + size.span_h - call.top,
+    reach_w = (call.OW - 1) * call.SW + size.span_w - call.left;
     reach_h = reach_h < call.H ? reach_h : call.H;
     reach_w = reach_w < call.W ? reach_w : call.W;
     clear_around(x_rows, size.x_columns, call.left, reach_w);
-    clear_around(d_rows, size.d_columns, K - 1, call.OW);
+    clear_around(d_rows, size.d_columns, d_margin(), call.OW);
   }
+
+  // Columns of zeros before a row of the convolution's gradient.
+  int64_t d_margin() const { return size.span_w - 1; }
 
   // The columns of a ring's rows before the `count` from `first` on, and behind them.
   void clear_around(float* rows, int64_t columns, int64_t first, int64_t count) const {

@@ -25,6 +25,16 @@ using Optional = std::optional<Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Kernel = void (*)(const DwconvTrainingCall&, int64_t, int64_t, void*);
 
+DwconvTrainingCall training_call(const Problem& p, Layout layout) {
+  DwconvTrainingCall call{dwconv_call(p)};
+  call.channels_last = layout == Layout::channels_last;
+  return call;
+}
+
+bool goes_by_rows(const DwconvTrainingCall& call) {
+  return dwconv_training_is_fast(call, narrowed_kernels(call.K).width);
+}
+
 // A call whose tensors are dense and whose constants are set, and the instruction set for it.
 template <typename Acc>
 struct Training {
@@ -36,10 +46,9 @@ struct Training {
 
   Training(const Problem& problem, const Tensor& x, const Tensor& weight, Layout layout)
       : p(problem),
-        call{dwconv_call(p)},
-        fast(dwconv_training_is_fast(call, narrowed_kernels(p.K).width)),
+        call{training_call(p, layout)},
+        fast(goes_by_rows(call)),
         kernels(*(fast ? narrowed_kernels(p.K) : active_kernels()).training) {
-    call.channels_last = layout == Layout::channels_last;
     call.x = x.const_data_ptr();
     call.weight = by_tap<Acc>(p, weight, false, weight_memory);
   }
@@ -110,9 +119,27 @@ void write_dweight(const Problem& p, const std::vector<double>& sums, void* to) 
   }
 }
 
-// x's layout as the kernels take it.
+// x's layout.
 Layout layout_for(const Tensor& x) {
   return is_one_pixel(x) && is_channels_last(x) ? Layout::channels_last : layout_of(x);
+}
+
+// As the kernels take it: planes lie one behind the other.
+Layout kernel_layout(const Problem& p, const Tensor& x) {
+  const Layout layout = layout_for(x);
+  return goes_by_rows(training_call(p, layout)) ? layout : Layout::contiguous;
+}
+
+// For a result in the kernels' layout: `result` itself where that is its own.
+Tensor in_layout(const Problem& p, const Tensor& result, Layout layout) {
+  const bool same =
+      layout == Layout::contiguous ? result.is_contiguous() : is_channels_last(result);
+  return same ? result
+              : empty_result(result, p.N, result.size(1), result.size(2), result.size(3), layout);
+}
+void copy_to(Tensor& result, const Tensor& from) {
+  if (result.get() != from.get())
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(result.get(), from.get(), 0));
 }
 
 // Whether backward reads the convolution instead of computing it again: where it is small beside x.
@@ -134,7 +161,7 @@ struct Backward {
 template <typename Acc>
 void backward(const Problem& p, const Backward& in, Tensor& dx, Tensor& dweight, Tensor& dscale,
               Tensor& dshift) {
-  const Layout layout = layout_for(in.x);
+  const Layout layout = kernel_layout(p, in.x);
   const Tensor x = dense(in.x, layout), dy = dense(in.dy, layout);
   const Optional z = in.z ? Optional(dense(*in.z, layout)) : Optional();
   Training<Acc> training(p, x, in.weight, layout);
@@ -157,10 +184,12 @@ void backward(const Problem& p, const Backward& in, Tensor& dx, Tensor& dweight,
     if (in.sums) norm.write_sums(sums, dscale, dshift);
     if (in.var) norm.add_statistics(gamma, sums, static_cast<double>(p.N * p.OH * p.OW));
   }
-  if (in.data) call.dx = dx.mutable_data_ptr();
+  Tensor data = in.data ? in_layout(p, dx, layout) : dx;
+  if (in.data) call.dx = data.mutable_data_ptr();
   call.stream = in.data && p.dtype == DType::float32 && may_stream(call.dx, p, sizeof(float));
   const auto sums = training.sums(training.kernels.dwconv_gradients, p.KH * p.KW, true);
   if (in.sums) write_dweight<Acc>(p, sums, dweight.mutable_data_ptr());
+  if (in.data) copy_to(dx, data);
 }
 
 FourTensors gradients(const Problem& p, const Backward& in) {
@@ -213,16 +242,18 @@ Tensor forward(const Problem& p, const Tensor& x, const Tensor& weight, const Op
                const Optional& beta, const Conv2dArguments& args, double eps, Tensor& z,
                Tensor& mean, Tensor& var) {
   const auto K = static_cast<std::size_t>(p.K);
-  const Layout layout = layout_for(x);
+  const Layout layout = kernel_layout(p, x);
   const bool keeps = keeps_convolution(p);
   Statistics exact{std::vector<double>(K), std::vector<double>(K)};
   if (p.N > 0) {
     const Tensor input = dense(x, layout);
     Training<Acc> training(p, input, weight, layout);
-    if (keeps) training.call.z = z.mutable_data_ptr();
+    Tensor kept = keeps ? in_layout(p, z, layout) : z;
+    if (keeps) training.call.z = kept.mutable_data_ptr();
     const Acc* partials = training.run(training.kernels.dwconv_statistics, 5, false);
     exact = merged(partials, training.blocks(), K,
                    [&](int64_t block) { return training.pixels_of(block); });
+    copy_to(z, kept);
   }
   Tensor scale = empty_channels(p, p.K), shift = empty_channels(p, p.K);
   std::vector<Acc> gamma_memory, beta_memory;
@@ -238,7 +269,7 @@ Tensor forward(const Problem& p, const Tensor& x, const Tensor& weight, const Op
     shifts[k] = static_cast<Acc>(offset[k] - exact.mean[k] * slope);
   }
   if constexpr (std::is_same_v<Acc, float>)
-    if (keeps) return normalised(p, x, z, mean, scales, offset, layout);
+    if (keeps) return normalised(p, x, z, mean, scales, offset, layout_for(x));
   return dwconv_bn_act(x, weight, scale, shift, args.stride, args.padding, args.dilation,
                        args.activation, args.slope);
 }

@@ -29,6 +29,7 @@ MNET_INLINE void training_of(const DwconvTrainingCall& call, int64_t begin, int6
       using Rows = TrainingRows<decltype(kernel)::value, decltype(stride)::value>;
       training_rows<Rows>(call, begin, end, scratch, blocks, run);
     };
+    if (!dwconv_training_is_square(call)) return fast(Constant<0>{}, Constant<0>{});
     if (call.KH == 3 && call.SH == 1) return fast(Constant<3>{}, Constant<1>{});
     if (call.KH == 3 && call.SH == 2) return fast(Constant<3>{}, Constant<2>{});
     if (call.KH == 5 && call.SH == 1) return fast(Constant<5>{}, Constant<1>{});

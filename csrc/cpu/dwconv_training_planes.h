@@ -1,5 +1,5 @@
-// Training of depthwise convolutions of any kernel, stride, dilation and multiplier, and in any
-// layout: plane by plane, staged as in dwconv_contiguous.h.
+// Training of depthwise convolutions of any kernel, stride, dilation and multiplier, contiguous:
+// plane by plane, staged as in dwconv_contiguous.h.
 //
 // A tap reads the staged plane at a fixed offset from the output's own index, so that the gradient
 // of a tap is a dot product of two flat runs, and dx, staged as x is, a sum of flat runs. What lies
@@ -50,7 +50,7 @@ struct PlaneScratch {
     lead = (reach + 15) / 16 * 16;
     // Before the gradient as far as taps reach back, behind it as far as dx's run goes.
     d = lead + staging.phase + staging.slack;
-    plane = call.H * call.W > call.OH * call.OW ? call.H * call.W : call.OH * call.OW;
+    plane = call.H * call.W;
     const int64_t phases = call.SH * call.SW;
     accumulators = 2 * phases * staging.phase + staging.phase + staging.flat + d +
                    call.multiplier * (2 * taps + 5) + taps + call.W + 64;
@@ -115,12 +115,9 @@ struct TrainingPlane {
     return tap / call.KW * call.DH / call.SH * s.pitch + tap % call.KW * call.DW / call.SW;
   }
 
-  // A plane of x or dy, as it lies or gathered.
-  const Elem* plane_of(const void* tensor, int64_t channels, int64_t channel, int64_t pixels) {
-    const auto* from = static_cast<const Elem*>(tensor) + n * channels * pixels;
-    if (!call.channels_last) return from + channel * pixels;
-    for (int64_t i = 0; i < pixels; ++i) plane[i] = from[i * channels + channel];
-    return plane;
+  const Elem* plane_of(const void* tensor, int64_t channels, int64_t channel,
+                       int64_t pixels) const {
+    return static_cast<const Elem*>(tensor) + (n * channels + channel) * pixels;
   }
 
   // x's plane, without what no output reads: an Inf there must not meet the zeros between rows.
@@ -142,10 +139,8 @@ struct TrainingPlane {
   // The convolution to where it is kept, or from there.
   void keep() {
     const int64_t pixels = call.OH * call.OW;
-    Elem* image = static_cast<Elem*>(call.z) + n * call.K * pixels;
-    Elem* to = call.channels_last ? plane : image + k * pixels;
+    Elem* to = static_cast<Elem*>(call.z) + (n * call.K + k) * pixels;
     each_vector([&](int64_t o, int64_t i, int n) { store_lanes(to + i, load(conv + o), n); });
-    for (int64_t i = 0; call.channels_last && i < pixels; ++i) image[i * call.K + k] = plane[i];
   }
   void read_kept() {
     const Elem* from = plane_of(call.z, call.K, k, call.OH * call.OW);
@@ -297,8 +292,7 @@ struct TrainingPlane {
   }
 
   void unstage(int64_t c) {
-    const int64_t pixels = call.H * call.W;
-    auto* image = static_cast<Elem*>(call.dx) + n * call.C * pixels;
+    auto* image = static_cast<Elem*>(call.dx) + (n * call.C + c) * call.H * call.W;
     for (int64_t ih = 0; ih < call.H; ++ih) {
       const int64_t a = (ih + call.top) % call.SH, y = (ih + call.top) / call.SH;
       for (int64_t b = 0; b < call.SW; ++b) {  // the columns iw = x * SW + b - left
@@ -307,15 +301,7 @@ struct TrainingPlane {
         for (int64_t iw = x * call.SW + b - call.left; iw < call.W; iw += call.SW, ++x)
           line[iw] = y < s.phase_rows && x < s.pitch ? from[x] : 0;
       }
-      if (call.channels_last) {
-        for (int64_t iw = 0; iw < call.W; ++iw) {
-          Vec one = {};
-          one[0] = line[iw];
-          store_first(image + (ih * call.W + iw) * call.C + c, one, 1);
-        }
-        continue;
-      }
-      Elem* to = image + c * pixels + ih * call.W;
+      Elem* to = image + ih * call.W;
       int64_t iw = 0;
       for (; iw + V <= call.W; iw += V) store(to + iw, load(line + iw));
       if (iw < call.W) store_first(to + iw, load(line + iw), static_cast<int>(call.W - iw));

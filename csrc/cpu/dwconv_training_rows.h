@@ -1,4 +1,5 @@
-// Training of depthwise K x K, stride 1 or 2: statistics of the convolution, and its gradients, by
+// Training of depthwise convolutions: K x K, stride 1 or 2, or (0, 0) of any kernel, stride and
+// dilation (dwconv_general_rows.h): statistics of the convolution, and its gradients, by
 // computing it again. Vectors run over channels, whatever the layout.
 //
 // A thread works down a block of rows with all of a chunk's channels. What is read more than once,
@@ -8,21 +9,21 @@
 // second-level cache. Included once per instruction set (see instruction_set.inc).
 
 template <int K, int S>
-struct TrainingRows : StagedRows {
+struct TrainingRows : GeneralRows {
+  static constexpr bool kGeneral = K == 0;
   static constexpr int kWide = kRegisters >= 32 ? 7 : 4, kNarrow = kRegisters >= 32 ? 4 : 2;
-  using StagedRows::StagedRows;
+  using GeneralRows::GeneralRows;
 
   // ---- convolution ---------------------------------------------------------------------------
   // Output row oh: finish(v, ow, sum, full) for every tile of T columns of a vector of channels.
   template <int T, typename Begin, typename Finish, typename End>
   inline __attribute__((always_inline)) void convolve(int64_t oh, bool reads_dy, const Begin& begin,
                                                       const Finish& finish, const End& end) {
-    const int64_t ih = oh * S - call.top;
-    stage(ih, ih + K);
-    const float* row[K];
-    for (int kh = 0; kh < K; ++kh) row[kh] = x_row(ih + kh);
+    const int64_t stride = kGeneral ? call.SH : S, ih = oh * stride - call.top;
+    stage(ih, ih + size.span_h);
+    meet(oh);
     const int64_t tiles = (call.OW + T - 1) / T * ((channels + V - 1) / V);
-    Ahead x_ahead = ahead_of(call.x, (n * call.H + staged) * call.W, S * call.W, tiles);
+    Ahead x_ahead = ahead_of(call.x, (n * call.H + staged) * call.W, stride * call.W, tiles);
     Ahead dy_ahead = reads_dy && !direct
                          ? ahead_of(call.dy, (n * call.OH + oh + 1) * call.OW, call.OW, tiles)
                          : Ahead{};
@@ -32,25 +33,35 @@ struct TrainingRows : StagedRows {
         x_ahead.ask();
         dy_ahead.ask();
         Vec sum[T] = {};
-#pragma GCC unroll 5
-        for (int kh = 0; kh < K; ++kh) {
-          const float* from = row[kh] + ow * S * pitch + v;
-          Vec in[(T - 1) * S + K];
-#pragma GCC unroll 32
-          for (int j = 0; j < (T - 1) * S + K; ++j) in[j] = kept(load(from + j * pitch));
-#pragma GCC unroll 5
-          for (int kw = 0; kw < K; ++kw) {
-            const Vec w = load(weight + (kh * K + kw) * pitch + v);
-#pragma GCC unroll 16
-            for (int t = 0; t < T; ++t) sum[t] += in[t * S + kw] * w;
-          }
-        }
+        if constexpr (kGeneral)
+          convolve_tile<T>(v, ow, sum);
+        else
+          own_tile(v, ow, sum, Constant<T>{});
         if (ow + T <= call.OW)
           finish(state, v, ow, sum, Constant<T>{});
         else
           finish(state, v, ow, sum, Constant<0>{});
       }
       end(state, v);
+    }
+  }
+
+  template <typename Width>
+  inline __attribute__((always_inline)) void own_tile(int64_t v, int64_t ow, Vec* sum,
+                                                      Width) const {
+    constexpr int T = Width::value;
+#pragma GCC unroll 5
+    for (int kh = 0; kh < K; ++kh) {
+      const float* from = read[kh] + ow * S * pitch + v;
+      Vec in[(T - 1) * S + K];
+#pragma GCC unroll 32
+      for (int j = 0; j < (T - 1) * S + K; ++j) in[j] = kept(load(from + j * pitch));
+#pragma GCC unroll 5
+      for (int kw = 0; kw < K; ++kw) {
+        const Vec w = load(weight + (kh * K + kw) * pitch + v);
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t) sum[t] += in[t * S + kw] * w;
+      }
     }
   }
 
@@ -217,7 +228,7 @@ struct TrainingRows : StagedRows {
   void d_row(int64_t oh) {
     const Bounds bounds = bounds_of(call.activation);
     const Pixels dy = row_of(call.dy, oh, dy_row);
-    float* to = d_rows + (oh % size.ring * size.d_columns + K - 1) * pitch;
+    float* to = d_rows + (oh % size.ring * size.d_columns + d_margin()) * pitch;
     tiled(call.OW, [&](auto columns) __attribute__((always_inline)) {
       constexpr int T = decltype(columns)::value;
       kept_or_convolve<T>(
@@ -380,16 +391,24 @@ struct TrainingRows : StagedRows {
   void gradients(int64_t block) {
     int64_t next = 0, image = -1;  // the output row to come
     each_rows(block, call.H, size.step, [&](int64_t ih, int64_t end, bool) {
-      const int64_t lowest = ih + call.top - (K - 1), last = (end - 1 + call.top) / S;
+      const int64_t stride = kGeneral ? call.SH : S;
+      const int64_t lowest = ih + call.top - (size.span_h - 1);
+      const int64_t last = (end - 1 + call.top) / stride;
       if (n != image) {
         image = n;
-        next = lowest <= 0 ? 0 : (lowest + S - 1) / S;
+        next = lowest <= 0 ? 0 : (lowest + stride - 1) / stride;
       }
       for (; next <= last && next < call.OH; ++next) d_row(next);
-      if (!reads_x()) stage(ih, end);
-      input_rows(ih, end);
+      if constexpr (kGeneral) {
+        stage(ih, end);
+        add_rows(ih, end);
+      } else {
+        if (!reads_x()) stage(ih, end);
+        input_rows(ih, end);
+      }
     });
-    for (int tap = 0; tap < K * K; ++tap) put(block, K * K, tap, dweight + tap * pitch);
+    const int64_t taps = call.KH * call.KW;
+    for (int64_t tap = 0; tap < taps; ++tap) put(block, taps, tap, dweight + tap * pitch);
     if (call.stream) drain_streams();
   }
 };

@@ -58,12 +58,18 @@ struct DwconvTrainingCall : DwconvCall {
   int64_t images, bands;
 };
 
-// Whether a training call has kernels with vectors over channels (`width` floats); the others work
-// plane by plane.
+// Whether there is code of its own for a training call's kernel and stride.
+inline bool dwconv_training_is_square(const DwconvTrainingCall& call) {
+  return call.KH == call.KW && (call.KH == 3 || call.KH == 5) && call.SH == call.SW &&
+         call.SH <= 2 && call.DH == 1 && call.DW == 1;
+}
+
+// Whether a training call goes by rows, with vectors over channels (`width` floats); the others
+// work plane by plane.
+constexpr int64_t kMostTapRows = 32;
 inline bool dwconv_training_is_fast(const DwconvTrainingCall& call, int64_t width) {
-  return call.element != Element::f64 && call.K >= width && call.KH == call.KW &&
-         (call.KH == 3 || call.KH == 5) && call.SH == call.SW && call.SH <= 2 && call.DH == 1 &&
-         call.DW == 1 && call.multiplier == 1;
+  return call.element != Element::f64 && call.K >= width && call.multiplier == 1 &&
+         (dwconv_training_is_square(call) || (call.channels_last && call.KH <= kMostTapRows));
 }
 
 // Output channels in a panel of packed convolution weights, whatever the instruction set.
