@@ -103,52 +103,119 @@ static void dw_rows(const DwconvCall& call, int64_t n, int64_t oh, int64_t oh_en
   for (; oh < oh_end; ++oh) dw_row<Elem, K, S>(call, n, oh, c_begin, c_end);
 }
 
-// Any kernel, stride, dilation and multiplier, any number of channels; one output pixel at a time.
+// Lane i of the result is lane index[i] of v.
+template <typename Acc>
+using LaneIndex = std::conditional_t<sizeof(Acc) == 8, VectorI64, VectorI32>;
+template <typename Acc>
+MNET_INLINE Vector<Acc> lanes_of(Vector<Acc> v, LaneIndex<Acc> index) {
+#if defined(__clang__)
+  Vector<Acc> result;
+  for (int i = 0; i < kWidth<Acc>; ++i) result[i] = v[index[i]];
+  return result;
+#else
+  return __builtin_shuffle(v, index);
+#endif
+}
+
+// A vector of output channels for any kernel, stride, dilation and multiplier. Whole: as many as a
+// vector has lanes, and one output a channel.
+template <typename Elem, bool Whole>
+struct GeneralChannels {
+  using Acc = Accumulator<Elem>;
+  static constexpr int V = kWidth<Acc>;
+  const DwconvCall& call;
+  const int64_t c;
+  const int lanes;
+  // Of input channels: the first, how many, and which one a lane reads.
+  int64_t input;
+  int inputs;
+  LaneIndex<Acc> index;
+
+  GeneralChannels(const DwconvCall& call, int64_t c, int lanes) : call(call), c(c), lanes(lanes) {
+    if constexpr (!Whole) {
+      input = c / call.multiplier;
+      inputs = static_cast<int>((c + lanes - 1) / call.multiplier - input) + 1;
+      for (int i = 0; i < V; ++i)
+        index[i] = static_cast<int>((c + (i < lanes ? i : lanes - 1)) / call.multiplier - input);
+    }
+  }
+
+  inline __attribute__((always_inline)) Vector<Acc> read(const Elem* pixel) const {
+    if constexpr (Whole) return load(pixel + c);
+    const Vector<Acc> in = load_lanes(pixel + input, inputs);
+    return call.multiplier == 1 ? in : lanes_of<Acc>(in, index);
+  }
+  inline __attribute__((always_inline)) Vector<Acc> constant(const void* from, int64_t at) const {
+    const auto* values = static_cast<const Acc*>(from) + at * call.K + c;
+    return Whole ? load(values) : load_lanes(values, lanes);
+  }
+
+  // T columns of row oh, from ow on.
+  template <int T>
+  void tile(const Elem* image, int64_t oh, int64_t ow, Elem* y) const {
+    Vector<Acc> sum[T] = {};
+    const int64_t step = call.SW * call.C;
+    for (int64_t kh = 0; kh < call.KH; ++kh) {
+      const int64_t ih = oh * call.SH - call.top + kh * call.DH;
+      if (ih < 0 || ih >= call.H) continue;
+      for (int64_t kw = 0; kw < call.KW; ++kw) {
+        const int64_t iw = ow * call.SW - call.left + kw * call.DW;
+        const Elem* from = image + (ih * call.W + iw) * call.C;
+        const Vector<Acc> w = constant(call.weight, kh * call.KW + kw);
+        if (iw >= 0 && iw + (T - 1) * call.SW < call.W) {
+#pragma GCC unroll 8
+          for (int t = 0; t < T; ++t) sum[t] += read(from + t * step) * w;
+          continue;
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t)
+          if (iw + t * call.SW >= 0 && iw + t * call.SW < call.W)
+            sum[t] += read(from + t * step) * w;
+      }
+    }
+    const Vector<Acc> factor = constant(call.scale, 0), offset = constant(call.shift, 0);
+    const Clamp<Acc> clamp = clamp_of<Acc>(call.activation);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sum[t] = sum[t] * factor + offset;
+    if (!clamp.exact) activate_registers<Acc, T>(call, sum);
+    Elem* to = y + ow * call.K + c;
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t, to += call.K) {
+      const Vector<Acc> out = at_most<Acc>(at_least<Acc>(sum[t], clamp.low), clamp.high);
+      if (Whole)
+        store(to, out);
+      else
+        store_lanes(to, out, lanes);
+    }
+  }
+};
+
+// Any kernel, stride, dilation and multiplier, any number of channels.
 template <typename Elem>
 static void dw_general(const DwconvCall& call, int64_t n, int64_t oh_begin, int64_t oh_end,
                        int64_t c_begin, int64_t c_end) {
-  using Acc = Accumulator<Elem>;
-  constexpr int V = kWidth<Acc>;
-  const auto* weight = static_cast<const Acc*>(call.weight);
-  const auto* scale = static_cast<const Acc*>(call.scale);
-  const auto* shift = static_cast<const Acc*>(call.shift);
-  auto channels = [](const auto* from, int lanes) __attribute__((always_inline)) {
-    return lanes == V ? load(from) : load_first(from, lanes);
-  };
+  constexpr int V = kWidth<Accumulator<Elem>>, T = kRegisters >= 32 ? 8 : 4;
   const auto* image = static_cast<const Elem*>(call.x) + n * call.H * call.W * call.C;
+  auto run = [&](const auto& channels, int64_t oh, int64_t ow) {
+    Elem* y = static_cast<Elem*>(call.y) + (n * call.OH + oh) * call.OW * call.K;
+    if (ow + T <= call.OW)
+      channels.template tile<T>(image, oh, ow, y);
+    else if (call.OW >= T)  // overlaps its neighbour
+      channels.template tile<T>(image, oh, call.OW - T, y);
+    else
+      for (int64_t i = ow; i < call.OW; ++i) channels.template tile<1>(image, oh, i, y);
+  };
   for (int64_t oh = oh_begin; oh < oh_end; ++oh)
-    for (int64_t ow = 0; ow < call.OW; ++ow) {
-      Elem* y = static_cast<Elem*>(call.y) + ((n * call.OH + oh) * call.OW + ow) * call.K;
-      for (int64_t c = c_begin; c < c_end; c += V) {
+    for (int64_t ow = 0; ow < call.OW; ow += T)
+      for (int64_t next = c_begin; next < c_end; next += V) {
+        // The last vector is moved back to end at c_end: some channels are computed twice.
+        const int64_t c = next + V <= c_end || c_end - c_begin < V ? next : c_end - V;
         const int lanes = static_cast<int>(c_end - c < V ? c_end - c : V);
-        Vector<Acc> sum = {};
-        for (int64_t kh = 0; kh < call.KH; ++kh) {
-          const int64_t ih = oh * call.SH - call.top + kh * call.DH;
-          if (ih < 0 || ih >= call.H) continue;
-          for (int64_t kw = 0; kw < call.KW; ++kw) {
-            const int64_t iw = ow * call.SW - call.left + kw * call.DW;
-            if (iw < 0 || iw >= call.W) continue;
-            const Elem* from = image + (ih * call.W + iw) * call.C;
-            const Acc* w = weight + (kh * call.KW + kw) * call.K + c;
-            Vector<Acc> in;
-            if (call.multiplier == 1) {
-              in = channels(from + c, lanes);
-            } else {
-              Elem gathered[V] = {};
-              for (int i = 0; i < lanes; ++i) gathered[i] = from[(c + i) / call.multiplier];
-              in = load(gathered);
-            }
-            sum += in * channels(w, lanes);
-          }
-        }
-        sum = sum * channels(scale + c, lanes) + channels(shift + c, lanes);
-        sum = activate<Acc>(call.activation, static_cast<Acc>(call.slope), sum);
-        if (lanes == V)
-          store(y + c, sum);
+        if (lanes == V && call.multiplier == 1)
+          run(GeneralChannels<Elem, true>(call, c, lanes), oh, ow);
         else
-          store_first(y + c, sum, lanes);
+          run(GeneralChannels<Elem, false>(call, c, lanes), oh, ow);
       }
-    }
 }
 
 template <typename Elem>

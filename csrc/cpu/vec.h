@@ -38,6 +38,8 @@ struct VectorOf<double> {
 template <typename T>
 using Vector = typename VectorOf<T>::type;
 typedef u32 VectorU32 __attribute__((vector_size(MNET_VECTOR_BYTES)));
+typedef std::int32_t VectorI32 __attribute__((vector_size(MNET_VECTOR_BYTES)));
+typedef std::int64_t VectorI64 __attribute__((vector_size(MNET_VECTOR_BYTES)));
 typedef u16 VectorU16 __attribute__((vector_size(MNET_VECTOR_BYTES / 2)));
 
 template <typename T>
