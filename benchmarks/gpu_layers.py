@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mnet_kernels import _cuda, backends, ops
-from mnet_kernels.fold import fold
+from mnet_kernels.nn.fold import fold
 from mnet_kernels.timing import ratio
 
 #: Models and layouts of which the seconds of Triton's first call are known.

@@ -11,14 +11,13 @@ from mnet_kernels.nn import (
     DepthwiseConvBNAct,
     FusedConv2d,
     Fusion,
-    NamedActivation,
     check_backend,
 )
-from mnet_kernels.one_pass import in_one_pass, why_apart
-from mnet_kernels.plan import Run, Stage
-from mnet_kernels.reference import ACTIVATIONS
+from mnet_kernels.reference import ACTIVATIONS, Activation
 from mnet_kernels.registration import layout_of
-from mnet_kernels.sequences import Runner
+from mnet_kernels.runs.one_pass import in_one_pass, why_apart
+from mnet_kernels.runs.runner import Runner
+from mnet_kernels.runs.stages import Run, Stage
 
 _Pair = int | tuple[int, int]
 
@@ -98,7 +97,7 @@ class SeparableConv(nn.Module):
         self.bn_pw = nn.BatchNorm2d(out_channels, eps, momentum, **place)
         fusion = Fusion(
             norm=self.bn_pw,
-            act=NamedActivation(pw_activation, slope),
+            act=Activation(pw_activation, slope),
             activation=pw_activation,
             slope=slope,
             backend=backend,

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnet_kernels import checkpoint, data, datasets
-from mnet_kernels.batches import loader, read, shard
+from mnet_kernels import data
 from mnet_kernels.data import MEAN, STD, InputError, Subject
-from mnet_kernels.distributed import Group
 from mnet_kernels.swap import swap
 from mnet_kernels.timing import environment
+from mnet_kernels.training import checkpoint, datasets
+from mnet_kernels.training.batches import loader, read, shard
+from mnet_kernels.training.distributed import Group
 
 WAYS = NATIVE, SWAPPED = "native", "swapped"
 PREPROCESS = ("keras", "torchvision", "timm")

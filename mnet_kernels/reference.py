@@ -7,6 +7,7 @@ The fused kernels are tested against these functions in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +23,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "silu": lambda z, slope: F.silu(z),
     "hardsigmoid": lambda z, slope: F.hardsigmoid(z),
 }
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One of ACTIVATIONS as a function of one tensor, which can be compared and pickled."""
+
+    name: str
+    slope: float = 0.01
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return ACTIVATIONS[self.name](z, self.slope)
+
+
+IDENTITY = Activation("identity")
 
 
 def same_padding(

@@ -12,10 +12,11 @@ import archives
 import pytest
 import torch
 
-from mnet_kernels import checkpoint, cli, data, datasets, evaluate, recipe, train
+from mnet_kernels import cli, data, evaluate, train
 from mnet_kernels.data import InputError
 from mnet_kernels.evaluate import candidate
-from mnet_kernels.recipe import Recipe
+from mnet_kernels.training import checkpoint, datasets, recipe
+from mnet_kernels.training.recipe import Recipe
 
 pytest.importorskip("torchvision")
 # Keras' own.
@@ -221,7 +222,7 @@ def test_our_checkpoint_as_weights(trained):
 
 PROCESS = """
 import json, sys, torch
-from mnet_kernels.distributed import group
+from mnet_kernels.training.distributed import group
 from mnet_kernels.evaluate import candidate, evaluate
 torch.set_num_threads(1)
 with group("cpu") as ranks:

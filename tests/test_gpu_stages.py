@@ -260,9 +260,10 @@ def on_the_cpu(gpu, monkeypatch):
     import gpu_timing
     import gpu_triton
 
-    from mnet_kernels import backends, one_pass
+    from mnet_kernels import backends
     from mnet_kernels.models import mobilenet_v1
     from mnet_kernels.nn import server
+    from mnet_kernels.runs import one_pass
     from mnet_kernels.triton import launch
 
     if launch.TRITON_INTERPRETED:

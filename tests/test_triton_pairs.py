@@ -13,7 +13,8 @@ from test_pairs import ways
 from test_sequences import Net, image, one_by_one, randomize, unit
 from torch import nn
 
-from mnet_kernels import SeparableConv, models, one_pass, pairs
+from mnet_kernels import SeparableConv, models
+from mnet_kernels.runs import one_pass, pairs
 from mnet_kernels.swap import explain, swap
 from mnet_kernels.timing import Spread
 

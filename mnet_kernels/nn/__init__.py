@@ -4,7 +4,7 @@
 ``DepthwiseConvBNAct`` is the layer to build new networks from.
 """
 
-from mnet_kernels.nn.depthwise import DepthwiseConvBNAct, NamedActivation
+from mnet_kernels.nn.depthwise import DepthwiseConvBNAct
 from mnet_kernels.nn.fused import (
     FusedConv2d,
     Fusion,
@@ -23,7 +23,6 @@ __all__ = [
     "DepthwiseConvBNAct",
     "FusedConv2d",
     "Fusion",
-    "NamedActivation",
     "SamePad2d",
     "absorbed",
     "check_backend",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mnet_kernels import ops
-from mnet_kernels.fold import scaled
+from mnet_kernels.nn.fold import scaled
 
 Constants = tuple[Tensor, Tensor | None, Tensor | None]
 

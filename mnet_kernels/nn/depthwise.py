@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mnet_kernels.nn.fused import FusedConv2d, Fusion, check_backend
-from mnet_kernels.reference import ACTIVATIONS
+from mnet_kernels.reference import ACTIVATIONS, Activation
 
 _Pair = int | tuple[int, int]
 
@@ -75,7 +74,7 @@ class DepthwiseConvBNAct(nn.Module):
         fusion = Fusion(
             pad="same" if same else (0, 0, 0, 0),
             norm=bn,
-            act=NamedActivation(activation, slope),
+            act=Activation(activation, slope),
             activation=activation,
             slope=slope,
             backend=backend,
@@ -87,14 +86,3 @@ class DepthwiseConvBNAct(nn.Module):
         if self.conv.fusion.norm is not self.bn:  # exchanged, by convert_sync_batchnorm for one
             self.conv.fusion.norm = self.bn
         return self.conv(x)
-
-
-@dataclass(frozen=True)
-class NamedActivation:
-    """One of ours as a callable that can be pickled."""
-
-    activation: str
-    slope: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](x, self.slope)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from mnet_kernels import backends, ops
-from mnet_kernels.fold import Snapshot, fold, scaled, statistics_of
 from mnet_kernels.nn import dense, training
 from mnet_kernels.nn.constants import FORMS, Constants, renewed
+from mnet_kernels.nn.fold import Snapshot, fold, scaled, statistics_of
 from mnet_kernels.nn.server import FOLDED, dense_server, depthwise_server
 from mnet_kernels.reference import same_padding
 from mnet_kernels.registration import layout_of

@@ -12,7 +12,7 @@ from torch import Tensor
 from mnet_kernels import backends
 from mnet_kernels.conv_training import conv_bn_act_training
 from mnet_kernels.dwconv_training import dwconv_bn_act_training
-from mnet_kernels.fold import statistics_of
+from mnet_kernels.nn.fold import statistics_of
 
 if TYPE_CHECKING:
     from mnet_kernels.nn.fused import FusedConv2d

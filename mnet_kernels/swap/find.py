@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from mnet_kernels import tracing
-from mnet_kernels.chains import Graph, Look, take_hooks
 from mnet_kernels.nn import is_depthwise
-from mnet_kernels.plan import Left, Plan, Site, describe
-from mnet_kernels.runs import find_runs
+from mnet_kernels.swap import tracing
+from mnet_kernels.swap.find_runs import find_runs
+from mnet_kernels.swap.neighbours import Graph, Look, take_hooks
+from mnet_kernels.swap.plan import Left, Plan, Site, describe
 
 
 def find(model: nn.Module) -> Plan:

@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from mnet_kernels import tracing
-from mnet_kernels.layout import free_nodes
 from mnet_kernels.nn import FusedConv2d, SamePad2d, is_depthwise
-from mnet_kernels.plan import Call, Left, Plan, Site, describe
-from mnet_kernels.probe import (
-    IDENTITY,
-    Activation,
+from mnet_kernels.reference import IDENTITY, Activation
+from mnet_kernels.swap import tracing
+from mnet_kernels.swap.layout import free_nodes
+from mnet_kernels.swap.plan import Call, Left, Plan, Site, describe
+from mnet_kernels.swap.probe import (
     Norm,
     activation_of,
     is_norm_like,
@@ -31,7 +30,7 @@ from mnet_kernels.probe import (
     pads_same,
     rests_in_eval,
 )
-from mnet_kernels.tracing import callers, constants_only, is_of_torch
+from mnet_kernels.swap.tracing import callers, constants_only, is_of_torch
 
 
 class Look:

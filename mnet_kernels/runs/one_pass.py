@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from mnet_kernels.backends import TRITON_INTERPRETED
 from mnet_kernels.gpu_cost import gpu_of, seconds
 from mnet_kernels.nn import FusedConv2d, in_functorch, is_depthwise
-from mnet_kernels.plan import Stage
-from mnet_kernels.reference import ACTIVATIONS
 from mnet_kernels.registration import layout_of, may_use_tf32
+from mnet_kernels.runs.stages import Stage
 from mnet_kernels.separable import separable_conv, why_composed
 
 
@@ -173,5 +172,5 @@ def _one(stage: Stage, module: nn.Module | None, x: Tensor, values: dict[int, Te
     linear = isinstance(module, nn.Linear)
     y = module(x.flatten(1))[:, :, None, None] if linear else module(x)
     if not isinstance(module, FusedConv2d):
-        y = ACTIVATIONS[stage.activation.name](y, stage.activation.slope)
+        y = stage.activation(y)
     return y if other is None else y + other

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from mnet_kernels import ops
-from mnet_kernels.fold import Watch, fold, statistics_of
 from mnet_kernels.nn import FusedConv2d, Fusion, declared_shape, in_functorch, recorded
-from mnet_kernels.one_pass import Blocks
-from mnet_kernels.plan import Run
-from mnet_kernels.probe import Activation
-from mnet_kernels.reference import ACTIVATIONS
+from mnet_kernels.nn.fold import Watch, fold, statistics_of
+from mnet_kernels.reference import ACTIVATIONS, Activation
+from mnet_kernels.runs.one_pass import Blocks
+from mnet_kernels.runs.stages import Run
 
 _Conv = FusedConv2d | nn.Conv2d | nn.Linear
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from mnet_kernels.nn import FusedConv2d, Fusion
-from mnet_kernels.one_pass import Blocks, Decision, in_one_pass, why_apart
-from mnet_kernels.sequences import KIND, OTHER, Runner, Sequenced, Whole, run_sequence
+from mnet_kernels.runs.one_pass import Blocks, Decision, in_one_pass, why_apart
+from mnet_kernels.runs.runner import KIND, OTHER, Runner, Sequenced, Whole, run_sequence
 from mnet_kernels.timing import interleave, ratio
 
 _plan = torch.ops.mnet_kernels.conv_sequence_plan.default

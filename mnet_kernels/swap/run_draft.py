@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from mnet_kernels.plan import Stage
+from mnet_kernels.runs.stages import Stage
 
 
 @dataclass

@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from mnet_kernels import tracing
-from mnet_kernels.chains import Look
-from mnet_kernels.draft import Draft
 from mnet_kernels.nn import is_depthwise
-from mnet_kernels.plan import Call, Run, Site, Stage
-from mnet_kernels.probe import IDENTITY, Activation, activation_of, is_sigmoid
+from mnet_kernels.reference import IDENTITY, Activation
+from mnet_kernels.runs.stages import Run, Stage
+from mnet_kernels.swap import tracing
+from mnet_kernels.swap.neighbours import Look
+from mnet_kernels.swap.plan import Call, Site
+from mnet_kernels.swap.probe import activation_of, is_sigmoid
+from mnet_kernels.swap.run_draft import Draft
 
 
 def find_runs(model: nn.Module, sites: list[Site], look: Look) -> dict[str, list[Run]]:

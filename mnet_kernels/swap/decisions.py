@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from mnet_kernels.backends import NAMES, TRITON_INTERPRETED, why_not
 from mnet_kernels.nn import FOLDED, FusedConv2d, Fusion, dense, is_depthwise
 from mnet_kernels.ops import has_dense_kernel, packs
-from mnet_kernels.pairs import measure as measure_pairs
-from mnet_kernels.pairs import pairs, runners
-from mnet_kernels.plan import Left, Plan
-from mnet_kernels.sequences import Runner
+from mnet_kernels.runs.pairs import measure as measure_pairs
+from mnet_kernels.runs.pairs import pairs, runners
+from mnet_kernels.runs.runner import Runner
+from mnet_kernels.swap.plan import Left, Plan
 from mnet_kernels.timing import interleave
 
 _ROUNDS = 9

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from mnet_kernels.decisions import Explanation, Swapped, load, measure, record_of
 from mnet_kernels.nn import FusedConv2d, Fusion, absorbed, check_backend
-from mnet_kernels.pairs import runners
-from mnet_kernels.patterns import find
-from mnet_kernels.plan import Plan, Site
-from mnet_kernels.sequences import sequenced
-from mnet_kernels.tracing import Shortened
+from mnet_kernels.runs.pairs import runners
+from mnet_kernels.runs.runner import sequenced
+from mnet_kernels.swap.decisions import Explanation, Swapped, load, measure, record_of
+from mnet_kernels.swap.find import find
+from mnet_kernels.swap.plan import Plan, Site
+from mnet_kernels.swap.tracing import Shortened
 
 
 def swap(

@@ -1,0 +1,1 @@
+"""Several layers of a model in one operator call: a *run* of them, or a depthwise + 1x1 pair."""
