@@ -14,9 +14,9 @@ from torch import nn
 from torchvision.models import mobilenet_v2
 
 from mnet_kernels import models
-from mnet_kernels.runs.runner import Sequenced, Whole
+from mnet_kernels.runs.forwards import Sequenced, Whole
 from mnet_kernels.swap import swap
-from mnet_kernels.swap.decisions import record_of
+from mnet_kernels.swap.exchange import record_of
 
 conv_sequence = torch.ops.mnet_kernels.conv_sequence.default
 

@@ -14,8 +14,9 @@ from torch.autograd import forward_ad
 from mnet_kernels import backends, ops
 from mnet_kernels.nn import dense, training
 from mnet_kernels.nn.constants import FORMS, Constants, renewed
-from mnet_kernels.nn.fold import Snapshot, fold, scaled, statistics_of
+from mnet_kernels.nn.fold import fold, scaled, statistics_of
 from mnet_kernels.nn.server import FOLDED, dense_server, depthwise_server
+from mnet_kernels.nn.snapshot import Snapshot
 from mnet_kernels.reference import same_padding
 from mnet_kernels.registration import layout_of
 
@@ -46,7 +47,7 @@ class Fusion:
     #: Everything downstream takes any memory format: dense convolutions may choose theirs.
     free_layout: bool = False
     #: Depthwise, with a 1x1 convolution after it in the same run: whether both go in one pass;
-    #: None: as the cost model says (pairs.py).
+    #: None: as the cost model says (runs/pairs.py).
     pair: bool | None = None
     #: Why this site was set to run native, if it was.
     declined: str | None = None

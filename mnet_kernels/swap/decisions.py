@@ -1,14 +1,12 @@
-"""Which sites of a swapped model run fused: measured, kept as JSON, explained as a table."""
+"""Which sites of a swapped model run fused: measured, and kept as JSON."""
 
 from __future__ import annotations
 
 import copy
-import io
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -19,152 +17,32 @@ from torch import Tensor, nn
 
 from mnet_kernels.backends import NAMES, TRITON_INTERPRETED, why_not
 from mnet_kernels.nn import FOLDED, FusedConv2d, Fusion, dense, is_depthwise
-from mnet_kernels.ops import has_dense_kernel, packs
+from mnet_kernels.ops import has_dense_kernel
 from mnet_kernels.runs.pairs import measure as measure_pairs
-from mnet_kernels.runs.pairs import pairs, runners
-from mnet_kernels.runs.runner import Runner
-from mnet_kernels.swap.plan import Left, Plan
+from mnet_kernels.runs.pairs import runners
+from mnet_kernels.swap.plan import Plan
 from mnet_kernels.timing import interleave
 
 _ROUNDS = 9
 
 
-@dataclass
-class Swapped:
-    """What a swapped model remembers."""
-
-    original: nn.Module
-    plan: Plan
-    #: Every module of it when it was made, and that of ``original`` that it is a copy of.
-    twins: list[tuple[nn.Module, nn.Module]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of one convolution (or of a module that could not be traced)."""
-
-    module: str
-    pattern: str
-    #: The backend it runs on, for the device and dtype of its weight and the mode that its norm is
-    #: in; "native" if left alone.
-    backend: str
-    reason: str
-    #: The backend in training mode, and why that is native.
-    training: str = "native"
-    why_native_training: str = ""
-
-
-class Explanation:
-    """The rows of :func:`mnet_kernels.explain`, in the model's order."""
-
-    def __init__(
-        self, plan: Plan, fused: dict[str, FusedConv2d], order: list[str], runners: list[Runner]
-    ) -> None:
-        self._plan = plan
-        self._runners = runners
-        self._fused = fused
-        self.rows = [
-            _row(site.conv, site.pattern, site.note, fused[site.conv])
-            for site in plan.sites
-            if site.conv in fused
-        ] + [_left(left, runners) for left in plan.left if left.module in order]
-        self.rows.sort(key=lambda row: order.index(row.module))
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write which sites run fused, for ``swap(model, decisions=path)``."""
-        patterns = {site.conv: site.pattern for site in self._plan.sites}
-        content = {
-            name: {
-                "pattern": patterns[name],
-                "native": module.fusion.declined,
-                "backend": module.fusion.preferred,
-            }
-            | ({} if module.fusion.pair is None else {"pair": module.fusion.pair})
-            for name, module in self._fused.items()
+def save(path: str | PathLike[str], plan: Plan, fused: dict[str, FusedConv2d]) -> None:
+    """Write which sites run fused, and how, for :func:`load`."""
+    patterns = {site.conv: site.pattern for site in plan.sites}
+    content = {
+        name: {
+            "pattern": patterns[name],
+            "native": module.fusion.declined,
+            "backend": module.fusion.preferred,
         }
-        Path(path).write_text(json.dumps(content, indent=2) + "\n")
-
-    def __str__(self) -> str:
-        from rich import box
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(box=box.SIMPLE)
-        for name in ("module", "pattern", "backend", "in training", "reason"):
-            table.add_column(name, overflow="fold")
-        for row in self.rows:
-            cells = row.module, row.pattern, row.backend, row.training, row.reason
-            table.add_row(*map(escape, cells))
-        console = Console(file=io.StringIO(), width=120, color_system=None)
-        console.print(table)
-        now, training = (
-            sum(backend != "native" for backend in backends)
-            for backends in zip(*((row.backend, row.training) for row in self.rows), strict=True)
-        )
-        console.print(f"{now} of {len(self.rows)} rows run fused, {training} in training.")
-        reasons = Counter(row.why_native_training for row in self.rows if row.why_native_training)
-        for reason, count in reasons.items():
-            console.print(f"Native in training, {count} rows: {escape(reason)}.")
-        for path, runs in self._plan.runs.items():
-            sizes = " + ".join(str(sum(s.kind == "conv" for s in run.stages)) for run in runs)
-            console.print(f"{path or 'the model'}: {sizes} layers in one call each, on the CPU.")
-        for runner in self._runners:
-            for pair in pairs(runner):
-                way = "in one pass" if pair.in_one_pass else "one after the other"
-                console.print(f"{pair.depthwise} + {pair.pointwise}: {way} ({pair.reason})")
-        kept = sum(runner.packed_bytes() for runner in self._runners)
-        if kept:
-            console.print(f"Weights and constants packed for these calls: {kept / 2**20:.1f} MiB.")
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
-
-
-def _left(left: Left, runners: list[Runner]) -> Row:
-    """What was left alone by itself may still be part of a run."""
-    for runner in runners:
-        for stage, module in zip(runner.run.stages, runner.modules, strict=True):
-            if stage.module != left.module or module is None:
-                continue
-            if module.weight.is_cpu and packs(module.weight.dtype):
-                name = stage.activation.name
-                pattern = left.pattern + ("" if name == "identity" else f" + {name}")
-                return Row(left.module, pattern, "cpu", "in one call with what is before it")
-    return Row(left.module, left.pattern, "native", left.reason)
-
-
-def _row(name: str, pattern: str, note: str, module: FusedConv2d) -> Row:
-    device, dtype = module.weight.device, module.weight.dtype
-
-    def served(in_training: bool) -> tuple[str, str | None]:
-        why = module.why_native(device, dtype, in_training)
-        return "native" if why else module.serving(device, dtype, in_training), why
-
-    fusion = module.fusion
-    backend, reason = served(module.uses_batch_statistics())
-    if reason is None and backend == fusion.preferred:
-        reason = "measured faster than the usual backend"
-    elif reason is None and backend in ("cuda", "triton") and not is_depthwise(module):
-        backend, reason = dense.told(module, backend, device, dtype)
-    training, why = served(fusion.norm is not None and fusion.batch_statistics)
-    text = "; ".join(part for part in (reason, note) if part)
-    return Row(name, pattern, backend, text, training, "" if why is None else why)
-
-
-def record_of(fast: object, operator: str) -> Swapped:
-    """The record of a swapped model.
-
-    Raises:
-        TypeError: it is none.
-    """
-    record = fast.__dict__.get("_mnet_swapped") if isinstance(fast, nn.Module) else None
-    if record is None:
-        got = f"{type(fast).__module__}.{type(fast).__qualname__}"
-        raise TypeError(f"{operator}: expected a model made by swap, got {got} that was not")
-    return record
+        | ({} if module.fusion.pair is None else {"pair": module.fusion.pair})
+        for name, module in fused.items()
+    }
+    Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load(path: str | PathLike[str], plan: Plan, fused: dict[str, FusedConv2d]) -> None:
-    """Set every site as a file by :meth:`Explanation.save` says.
+    """Set every site as a file by :func:`save` says.
 
     Raises:
         ValueError: the file is not such a file, or belongs to another model.

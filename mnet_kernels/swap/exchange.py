@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from os import PathLike
 from typing import Any, cast
@@ -21,12 +22,23 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from mnet_kernels.nn import FusedConv2d, Fusion, absorbed, check_backend
+from mnet_kernels.runs.forwards import sequenced
 from mnet_kernels.runs.pairs import runners
-from mnet_kernels.runs.runner import sequenced
-from mnet_kernels.swap.decisions import Explanation, Swapped, load, measure, record_of
+from mnet_kernels.swap.decisions import load, measure
+from mnet_kernels.swap.explanation import Explanation
 from mnet_kernels.swap.find import find
 from mnet_kernels.swap.plan import Plan, Site
 from mnet_kernels.swap.tracing import Shortened
+
+
+@dataclass
+class Swapped:
+    """What a swapped model remembers."""
+
+    original: nn.Module
+    plan: Plan
+    #: Every module of it when it was made, and that of ``original`` that it is a copy of.
+    twins: list[tuple[nn.Module, nn.Module]]
 
 
 def swap(
@@ -154,6 +166,19 @@ def sites(fast: nn.Module) -> Iterator[tuple[str, FusedConv2d]]:
         module = modules.get(site.conv)
         if isinstance(module, FusedConv2d):  # and was not replaced since
             yield site.conv, module
+
+
+def record_of(fast: object, operator: str) -> Swapped:
+    """The record of a swapped model.
+
+    Raises:
+        TypeError: it is none.
+    """
+    record = fast.__dict__.get("_mnet_swapped") if isinstance(fast, nn.Module) else None
+    if record is None:
+        got = f"{type(fast).__module__}.{type(fast).__qualname__}"
+        raise TypeError(f"{operator}: expected a model made by swap, got {got} that was not")
+    return record
 
 
 def _checked(model: object) -> nn.Module:

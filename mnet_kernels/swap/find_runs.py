@@ -20,23 +20,23 @@ from mnet_kernels.nn import is_depthwise
 from mnet_kernels.reference import IDENTITY, Activation
 from mnet_kernels.runs.stages import Run, Stage
 from mnet_kernels.swap import tracing
-from mnet_kernels.swap.neighbours import Look
+from mnet_kernels.swap.module_facts import ModuleFacts
 from mnet_kernels.swap.plan import Call, Site
 from mnet_kernels.swap.probe import activation_of, is_sigmoid
 from mnet_kernels.swap.run_draft import Draft
 
 
-def find_runs(model: nn.Module, sites: list[Site], look: Look) -> dict[str, list[Run]]:
+def find_runs(model: nn.Module, sites: list[Site], facts: ModuleFacts) -> dict[str, list[Run]]:
     """The runs of at least two convolutions (of one Linear), by the path of their module.
 
     Args:
         model: a copy of what ``sites`` was found in, in eval mode.
         sites: what is fused; those that are not called through modules alone are left out.
-        look: what single modules are.
+        facts: what single modules are.
     """
     chained = {site.conv: site for site in sites if not site.removed}
     quiet = {path for site in chained.values() for path in site.absorbed}
-    finder = _Finder(chained, quiet, look)
+    finder = _Finder(chained, quiet, facts)
     runs: dict[str, list[Run]] = {}
     taken: list[str] = []
     for path, module in model.named_modules():
@@ -58,10 +58,10 @@ def find_runs(model: nn.Module, sites: list[Site], look: Look) -> dict[str, list
 
 
 class _Finder:
-    def __init__(self, sites: dict[str, Site], quiet: set[str], look: Look) -> None:
+    def __init__(self, sites: dict[str, Site], quiet: set[str], facts: ModuleFacts) -> None:
         self.sites = sites
         self.quiet = quiet
-        self.look = look
+        self.facts = facts
 
     def runs(self, owner: nn.Module, path: str) -> Iterator[Run]:
         start, draft = 0, Draft()
@@ -117,13 +117,13 @@ class _Finder:
         if self.module(longer, module, path):
             return longer
         inner = [m for m in module.modules() if m is not module]
-        if self.look.is_leaf(module) or not inner:
+        if self.facts.is_leaf(module) or not inner:
             return None
         found = []
         try:
             for training in (True, False):  # evaluation comes last: that mode stays
                 module.train(training)
-                graph = tracing.trace(module, self.look.is_leaf)
+                graph = tracing.trace(module, self.facts.is_leaf)
                 longer = draft.copy()
                 read = _Reader(self, longer, dict(module.named_modules()), path).read(graph)
                 found.append(longer if read else None)
@@ -148,13 +148,13 @@ class _Finder:
             return True
         if path in self.quiet or type(module) is nn.Identity:
             return True
-        if self.look.altered(module) is not None:
+        if self.facts.altered(module) is not None:
             return False
-        if self.look.activation(module) is None and self.look.rests(module):
+        if self.facts.activation(module) is None and self.facts.rests(module):
             draft.inert.append(path)
             return True
         if isinstance(module, nn.Conv2d):
-            plain = self.look.why_not_plain(module) is None and not self.look.pads_same(module)
+            plain = self.facts.why_not_plain(module) is None and not self.facts.pads_same(module)
             if draft.flat or not plain or module.groups > 1 or not _is_pointwise(module):
                 return False
             draft.convolve(path, module.in_channels, module.out_channels, one_pixel)
@@ -168,15 +168,15 @@ class _Finder:
             return True
         if forward is nn.Flatten.forward:
             return self.flattened(draft, (module.start_dim, module.end_dim))
-        return self.activated(draft, self.look.activation(module)) or (
-            self.look.sigmoid(module) and draft.sigmoid()
+        return self.activated(draft, self.facts.activation(module)) or (
+            self.facts.sigmoid(module) and draft.sigmoid()
         )
 
     def linear(self, draft: Draft, module: nn.Linear, path: str) -> bool:
         if draft.latest == 0:
             draft.flat = draft.flat_input = True
             draft.pooled.add(0)
-        if not draft.flat or self.look.altered(module) is not None:
+        if not draft.flat or self.facts.altered(module) is not None:
             return False
         draft.convolve(path, module.in_features, module.out_features, True)
         return True

@@ -7,7 +7,6 @@ its own where nobody else sees what passes between them, at every call.
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,136 +14,16 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from mnet_kernels.nn import FusedConv2d, SamePad2d, is_depthwise
-from mnet_kernels.reference import IDENTITY, Activation
-from mnet_kernels.swap import tracing
+from mnet_kernels.nn import SamePad2d, is_depthwise
+from mnet_kernels.reference import IDENTITY
 from mnet_kernels.swap.layout import free_nodes
+from mnet_kernels.swap.module_facts import ModuleFacts
 from mnet_kernels.swap.plan import Call, Left, Plan, Site, describe
 from mnet_kernels.swap.probe import (
-    Norm,
     activation_of,
     is_norm_like,
-    module_activation,
-    module_is_sigmoid,
-    norm_of,
-    pads_same,
-    rests_in_eval,
 )
 from mnet_kernels.swap.tracing import callers, constants_only, is_of_torch
-
-
-class Look:
-    """What single modules are, each looked at once."""
-
-    def __init__(self, hooked: set[nn.Module]) -> None:
-        self.hooked = hooked
-        self._norms: dict[nn.Module, Norm | str] = {}
-        self._activations: dict[nn.Module, Activation | None] = {}
-        self._resting: dict[nn.Module, bool] = {}
-        self._leaves: dict[nn.Module, bool] = {}
-        self._same: dict[nn.Module, bool] = {}
-        self._opaque: dict[nn.Module, bool] = {}
-        self._own_nodes: dict[nn.Module, list[fx.Node] | str] = {}
-
-    def altered(self, module: nn.Module) -> str | None:
-        """Why one module does not do what its class says, or None."""
-        if not self.hooked.isdisjoint(module.modules()):
-            return f"{type(module).__name__} has hooks"
-        if "forward" in module.__dict__:
-            return f"the forward of {type(module).__name__} was replaced on the instance"
-        return None
-
-    def why_not_plain(self, conv: nn.Module) -> str | None:
-        """Why a convolution cannot be exchanged at all, or None."""
-        if not isinstance(conv, nn.Conv2d):
-            return f"a {type(conv).__name__}: only Conv2d is fused"
-        if isinstance(conv, FusedConv2d):
-            return "fused already"
-        for cls in self._classes(conv):
-            if _BEHAVIOUR & set(vars(cls)) and not self.pads_same(conv):
-                return f"its class {cls.__name__} changes what Conv2d does"
-        if conv.padding_mode != "zeros":
-            return f"padding_mode is {conv.padding_mode!r}"
-        return self.altered(conv)
-
-    def pads_same(self, conv: nn.Conv2d) -> bool:
-        """Whether a class of its own adds TensorFlow's "same" padding, and changes nothing else."""
-        if conv not in self._same:
-            changed = {name for cls in self._classes(conv) for name in _BEHAVIOUR & set(vars(cls))}
-            self._same[conv] = changed == {"forward"} and pads_same(conv)
-        return self._same[conv]
-
-    @staticmethod
-    def _classes(conv: nn.Conv2d) -> tuple[type, ...]:
-        """Those between a convolution and Conv2d."""
-        return type(conv).__mro__[: type(conv).__mro__.index(nn.Conv2d)]
-
-    def norm(self, module: nn.Module) -> Norm | str:
-        if module not in self._norms:
-            self._norms[module] = self.altered(module) or norm_of(module)
-        return self._norms[module]
-
-    def activation(self, module: nn.Module) -> Activation | None:
-        if module not in self._activations:
-            altered = self.altered(module) is not None
-            self._activations[module] = None if altered else module_activation(module)
-        return self._activations[module]
-
-    def sigmoid(self, module: nn.Module) -> bool:
-        return self.altered(module) is None and module_is_sigmoid(module)
-
-    def rests(self, module: nn.Module) -> bool:
-        """Whether it hands its input on in eval mode (dropout, stochastic depth)."""
-        if module not in self._resting:
-            altered = self.altered(module) is not None
-            self._resting[module] = not altered and rests_in_eval(module)
-        return self._resting[module]
-
-    def keeps_format(self, module: nn.Module) -> bool:
-        """Norms, activations and the like, and convolutions that pad."""
-        if isinstance(module, nn.Conv2d):
-            return self.pads_same(module)
-        if is_norm_like(module):
-            return isinstance(self.norm(module), Norm)
-        return self.activation(module) is not None or self.rests(module)
-
-    def own_nodes(self, module: nn.Module) -> list[fx.Node] | str:
-        if module not in self._own_nodes:
-            self._own_nodes[module] = tracing.own_nodes(module)
-        return self._own_nodes[module]
-
-    def is_leaf(self, module: nn.Module) -> bool:
-        if module not in self._leaves:
-            self._leaves[module] = self._is_leaf(module)
-        return self._leaves[module]
-
-    def is_leaf_or_opaque(self, module: nn.Module) -> bool:
-        if self.is_leaf(module):
-            return True
-        if module not in self._opaque:
-            self._opaque[module] = not self._is_traceable(module, self.is_leaf_or_opaque)
-        return self._opaque[module]
-
-    @staticmethod
-    def _is_traceable(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> bool:
-        try:
-            tracing.trace(module, is_leaf)
-        except Exception:  # tracing runs the model's own code
-            return False
-        return True
-
-    def _is_leaf(self, module: nn.Module) -> bool:
-        inner = list(module.modules())
-        if type(module).__module__.startswith("torch.nn") and len(inner) == 1:
-            return True
-        if isinstance(module, _ConvNd | SamePad2d) or is_norm_like(module):
-            return True
-        if self.activation(module) or self.rests(module):
-            return True
-        if any(isinstance(m, _ConvNd) or is_norm_like(m) for m in inner):
-            return False
-        # With nothing to fuse inside, what cannot be traced need not be.
-        return not self._is_traceable(module, self.is_leaf)
 
 
 @dataclass(frozen=True)
@@ -158,11 +37,11 @@ class _Step:
     act: str | Call | None = None  # of "act": the module's path or the function
 
 
-class Graph:
+class TracedForward:
     """One traced forward: for every convolution the steps it takes over, and why no more."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, look: Look) -> None:
-        self.look = look
+    def __init__(self, root: nn.Module, graph: fx.Graph, facts: ModuleFacts) -> None:
+        self.facts = facts
         self.modules = dict(root.named_modules())
         self.calls: dict[str, list[fx.Node]] = collections.defaultdict(list)
         self.alike: dict[tuple[str, Any], list[fx.Node]] = collections.defaultdict(list)
@@ -171,7 +50,7 @@ class Graph:
             if node.op == "call_module":
                 self.calls[str(node.target)].append(node)
             self.alike[_owner(node), _kind(node, self.modules)].append(node)
-        self.free = free_nodes(graph, self.modules, look.keeps_format)
+        self.free = free_nodes(graph, self.modules, facts.keeps_format)
 
     def plan(self) -> Plan:
         plan = Plan()
@@ -188,7 +67,7 @@ class Graph:
         nodes = self.calls.get(path)
         if not nodes:
             return "not called in eval mode"
-        why = self.look.why_not_plain(conv)
+        why = self.facts.why_not_plain(conv)
         if why is not None:
             return why
         if any(len(node.args) != 1 or node.kwargs for node in nodes):
@@ -197,7 +76,7 @@ class Graph:
         after, note = self._common([self._after(node, len(nodes)) for node in nodes])
         steps = {step.kind: step for step in (*before, *after) if step.kind != "skip"}
         pad, norm, act = (steps.get(kind) for kind in ("pad", "norm", "act"))
-        own = "same" if self.look.pads_same(cast(nn.Conv2d, conv)) else (0, 0, 0, 0)
+        own = "same" if self.facts.pads_same(cast(nn.Conv2d, conv)) else (0, 0, 0, 0)
         if norm is None and not is_depthwise(conv):
             return note or "no normalisation follows"
         if norm is not None and not norm.does.keeps_statistics and not is_depthwise(conv):
@@ -236,7 +115,7 @@ class Graph:
 
     def _before(self, node: fx.Node, calls: int) -> tuple[list[_Step], str]:
         pad = node.args[0]
-        if self.look.pads_same(cast(nn.Conv2d, self.modules[str(node.target)])):
+        if self.facts.pads_same(cast(nn.Conv2d, self.modules[str(node.target)])):
             return [], ""
         if not isinstance(pad, fx.Node) or len(pad.users) != 1 or self._hooks_between(pad, node):
             return [], ""
@@ -249,12 +128,12 @@ class Graph:
         nothing else; "same" if they are those of TensorFlow's "same" padding."""
         if node.op == "call_module":
             module: Any = self.modules[str(node.target)]
-            if type(module) is SamePad2d and not self.look.altered(module):
+            if type(module) is SamePad2d and not self.facts.altered(module):
                 kernel, stride = (module.kernel_size,) * 2, (module.stride,) * 2
                 fits = (conv.kernel_size, conv.stride, conv.dilation) == (kernel, stride, (1, 1))
                 return "same" if fits and conv.padding in ((0, 0), "valid") else None
             plain = getattr(type(module), "forward", None) is nn.ConstantPad2d.forward
-            if not plain or len(node.args) != 1 or node.kwargs or self.look.altered(module):
+            if not plain or len(node.args) != 1 or node.kwargs or self.facts.altered(module):
                 return None
             edges, value = module.padding, module.value
         elif node.op == "call_function" and node.target is F.pad and constants_only(node):
@@ -300,14 +179,14 @@ class Graph:
         path = str(node.target)
         if not is_norm_like(self.modules[path]):
             return None
-        found = self.look.norm(self.modules[path])
+        found = self.facts.norm(self.modules[path])
         return found if isinstance(found, str) else _Step("norm", path, found)
 
     def _activation(self, node: fx.Node, calls: int) -> _Step | str | None:
         act: str | Call
         if node.op == "call_module":
             act = str(node.target)
-            found = self.look.activation(self.modules[act])
+            found = self.facts.activation(self.modules[act])
             if found == IDENTITY:
                 return _Step("skip", act)
         elif node.op == "call_method" or is_of_torch(node.target):
@@ -332,7 +211,7 @@ class Graph:
             return str(node.target)
         owner, kind = _owner(node), _kind(node, self.modules)
         module = self.modules[owner]
-        own = self.look.own_nodes(module)
+        own = self.facts.own_nodes(module)
         if isinstance(own, str):
             return _Why(own)
         inner = dict(module.named_modules())
@@ -346,7 +225,7 @@ class Graph:
 
     def _hooks_between(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether a module that holds only one of two calls has hooks: they would see a change."""
-        return any(self.modules[p] in self.look.hooked for p in set(callers(a)) ^ set(callers(b)))
+        return any(self.modules[p] in self.facts.hooked for p in set(callers(a)) ^ set(callers(b)))
 
 
 class _Why(str):
@@ -363,15 +242,3 @@ def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, Any]:
     if node.op == "call_module":
         return node.op, id(modules[str(node.target)])
     return node.op, node.target
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_BEHAVIOUR = {"forward", "_conv_forward", "__call__", "__getattr__", "weight", "bias"}
-
-
-def take_hooks(module: nn.Module) -> bool:
-    """Remove a module's hooks, which must not see a trace; whether there were any."""
-    held = [hooks for name in _HOOKS if (hooks := getattr(module, name))]
-    for hooks in held:
-        hooks.clear()
-    return bool(held)

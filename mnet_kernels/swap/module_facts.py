@@ -1,0 +1,153 @@
+"""What single modules of a model are: norm, activation, plain convolution, leaf of a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from mnet_kernels.nn import FusedConv2d, SamePad2d
+from mnet_kernels.reference import Activation
+from mnet_kernels.swap import tracing
+from mnet_kernels.swap.probe import (
+    Norm,
+    is_norm_like,
+    module_activation,
+    module_is_sigmoid,
+    norm_of,
+    pads_same,
+    rests_in_eval,
+)
+
+#: What a subclass of Conv2d must not have of its own to do what Conv2d does.
+_BEHAVIOUR = {"forward", "_conv_forward", "__call__", "__getattr__", "weight", "bias"}
+
+
+class ModuleFacts:
+    """Answers about single modules, each found out once; probe.py runs a module where it must.
+
+    Args:
+        hooked: the modules that had hooks, which were removed for the traces.
+    """
+
+    def __init__(self, hooked: set[nn.Module]) -> None:
+        self.hooked = hooked
+        self._norms: dict[nn.Module, Norm | str] = {}
+        self._activations: dict[nn.Module, Activation | None] = {}
+        self._resting: dict[nn.Module, bool] = {}
+        self._leaves: dict[nn.Module, bool] = {}
+        self._same: dict[nn.Module, bool] = {}
+        self._opaque: dict[nn.Module, bool] = {}
+        self._own_nodes: dict[nn.Module, list[fx.Node] | str] = {}
+
+    def altered(self, module: nn.Module) -> str | None:
+        """Why one module does not do what its class says, or None."""
+        if not self.hooked.isdisjoint(module.modules()):
+            return f"{type(module).__name__} has hooks"
+        if "forward" in module.__dict__:
+            return f"the forward of {type(module).__name__} was replaced on the instance"
+        return None
+
+    def why_not_plain(self, conv: nn.Module) -> str | None:
+        """Why a convolution cannot be exchanged at all, or None."""
+        if not isinstance(conv, nn.Conv2d):
+            return f"a {type(conv).__name__}: only Conv2d is fused"
+        if isinstance(conv, FusedConv2d):
+            return "fused already"
+        for cls in self._classes(conv):
+            if _BEHAVIOUR & set(vars(cls)) and not self.pads_same(conv):
+                return f"its class {cls.__name__} changes what Conv2d does"
+        if conv.padding_mode != "zeros":
+            return f"padding_mode is {conv.padding_mode!r}"
+        return self.altered(conv)
+
+    def pads_same(self, conv: nn.Conv2d) -> bool:
+        """Whether a class of its own adds TensorFlow's "same" padding, and changes nothing else."""
+        if conv not in self._same:
+            changed = {name for cls in self._classes(conv) for name in _BEHAVIOUR & set(vars(cls))}
+            self._same[conv] = changed == {"forward"} and pads_same(conv)
+        return self._same[conv]
+
+    @staticmethod
+    def _classes(conv: nn.Conv2d) -> tuple[type, ...]:
+        """Those between a convolution and Conv2d."""
+        return type(conv).__mro__[: type(conv).__mro__.index(nn.Conv2d)]
+
+    def norm(self, module: nn.Module) -> Norm | str:
+        if module not in self._norms:
+            self._norms[module] = self.altered(module) or norm_of(module)
+        return self._norms[module]
+
+    def activation(self, module: nn.Module) -> Activation | None:
+        if module not in self._activations:
+            altered = self.altered(module) is not None
+            self._activations[module] = None if altered else module_activation(module)
+        return self._activations[module]
+
+    def sigmoid(self, module: nn.Module) -> bool:
+        return self.altered(module) is None and module_is_sigmoid(module)
+
+    def rests(self, module: nn.Module) -> bool:
+        """Whether it hands its input on in eval mode (dropout, stochastic depth)."""
+        if module not in self._resting:
+            altered = self.altered(module) is not None
+            self._resting[module] = not altered and rests_in_eval(module)
+        return self._resting[module]
+
+    def keeps_format(self, module: nn.Module) -> bool:
+        """Norms, activations and the like, and convolutions that pad."""
+        if isinstance(module, nn.Conv2d):
+            return self.pads_same(module)
+        if is_norm_like(module):
+            return isinstance(self.norm(module), Norm)
+        return self.activation(module) is not None or self.rests(module)
+
+    def own_nodes(self, module: nn.Module) -> list[fx.Node] | str:
+        if module not in self._own_nodes:
+            self._own_nodes[module] = tracing.own_nodes(module)
+        return self._own_nodes[module]
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        if module not in self._leaves:
+            self._leaves[module] = self._is_leaf(module)
+        return self._leaves[module]
+
+    def is_leaf_or_opaque(self, module: nn.Module) -> bool:
+        if self.is_leaf(module):
+            return True
+        if module not in self._opaque:
+            self._opaque[module] = not self._is_traceable(module, self.is_leaf_or_opaque)
+        return self._opaque[module]
+
+    @staticmethod
+    def _is_traceable(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> bool:
+        try:
+            tracing.trace(module, is_leaf)
+        except Exception:  # tracing runs the model's own code
+            return False
+        return True
+
+    def _is_leaf(self, module: nn.Module) -> bool:
+        inner = list(module.modules())
+        if type(module).__module__.startswith("torch.nn") and len(inner) == 1:
+            return True
+        if isinstance(module, _ConvNd | SamePad2d) or is_norm_like(module):
+            return True
+        if self.activation(module) or self.rests(module):
+            return True
+        if any(isinstance(m, _ConvNd) or is_norm_like(m) for m in inner):
+            return False
+        # With nothing to fuse inside, what cannot be traced need not be.
+        return not self._is_traceable(module, self.is_leaf)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def take_hooks(module: nn.Module) -> bool:
+    """Remove a module's hooks, which must not see a trace; whether there were any."""
+    held = [hooks for name in _HOOKS if (hooks := getattr(module, name))]
+    for hooks in held:
+        hooks.clear()
+    return bool(held)
