@@ -53,8 +53,8 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
   m.def(
       "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[2] stride, "
       "int[4] padding, int[2] dilation, str activation, float slope, bool tf32=False) -> Tensor");
-  // A dense convolution (one group) on weights packed by pack_conv_weight: float32 or bfloat16 on the
-  // CPU, channels_last.
+  // A dense convolution (one group) on weights packed by pack_conv_weight: float32 or bfloat16 on
+  // the CPU, channels_last.
   m.def(
       "conv_bn_act_packed(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, int[2] kernel, "
       "int[2] stride, int[4] padding, int[2] dilation, int out_channels, str activation, "

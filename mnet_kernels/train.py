@@ -103,7 +103,7 @@ def train(
     Args:
         output: a folder; made where it is missing. Without ``resume`` it must hold no run.
         resume: go on from ``output``'s checkpoint.pt. The settings in ``DECISIVE`` must be its.
-        group: the processes, see :func:`mnet_kernels.distributed.group`; None: this one.
+        group: the processes, see :func:`mnet_kernels.training.distributed.group`; None: this one.
         on_step, on_epoch: told how it goes.
 
     Returns:

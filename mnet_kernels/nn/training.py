@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mnet_kernels import backends
 from mnet_kernels.conv_training import conv_bn_act_training
 from mnet_kernels.dwconv_training import dwconv_bn_act_training
 from mnet_kernels.nn.fold import statistics_of
@@ -126,12 +125,6 @@ def _as_pointwise(conv: FusedConv2d, x: Tensor, weight: Tensor) -> tuple[Tensor,
         x = x.unfold(axis, size, step)
     patches = x.permute(0, 1, 2, 4, 5, 3).flatten(3).permute(0, 3, 1, 2)
     return patches, weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]
-
-
-def lacks(backend: str) -> str | None:
-    """Why a backend has not the operator of training, or None."""
-    there = backends.has_kernel("dwconv_bn_act_training", backend)
-    return None if there else f"the {backend} backend was built without training"
 
 
 def _count(norm: Any) -> float:

@@ -12,12 +12,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mnet_kernels.backends import TRITON_INTERPRETED
 from mnet_kernels.gpu_cost import gpu_of, seconds
 from mnet_kernels.nn import FusedConv2d, is_depthwise
 from mnet_kernels.registration import layout_of, may_use_tf32
 from mnet_kernels.runs.one_pass import in_one_pass, slopes, why_apart
 from mnet_kernels.runs.stages import Stage
+from mnet_kernels.triton import TRITON_INTERPRETED
 
 
 @dataclass(frozen=True)

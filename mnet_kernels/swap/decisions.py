@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnet_kernels.backends import NAMES, TRITON_INTERPRETED, why_not
+from mnet_kernels.backends import NAMES, why_not
 from mnet_kernels.nn import FOLDED, FusedConv2d, Fusion, dense, is_depthwise
 from mnet_kernels.ops import has_dense_kernel
 from mnet_kernels.runs.pairs import measure as measure_pairs
 from mnet_kernels.runs.pairs import runners
 from mnet_kernels.swap.plan import Plan
 from mnet_kernels.timing import interleave
+from mnet_kernels.triton import TRITON_INTERPRETED
 
 _ROUNDS = 9
 
