@@ -1,0 +1,97 @@
+"""docs/architecture.md is true: every module stands in its layer, imports go downwards, no include
+crosses from one device to the other, and what the walks name is where they say."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mnet_kernels"
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def layers() -> dict[str, int]:
+    """The page's layers: top-level module or package to its line, counted from the top."""
+    block = re.search(r"```text\n(.*?)```", PAGE, re.DOTALL)
+    assert block is not None
+    lines = [line.partition("  ")[0].strip() for line in block[1].splitlines()]
+    return {name.strip(): i for i, names in enumerate(lines) for name in names.split(",") if name}
+
+
+LAYERS = layers()
+
+
+def test_every_module_has_its_layer():
+    there = {name.partition(".")[0] for name in MODULES} | {"_C", "_cuda"}
+    assert there == LAYERS.keys()
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """What of the package a module imports, and whether as soon as it is imported itself; what is
+    for type checkers alone does not count."""
+
+    def visit(node: ast.AST, at_once: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            module = child.module or "" if isinstance(child, ast.ImportFrom) else ""
+            if module.split(".")[0] == "mnet_kernels":
+                inside = module.removeprefix("mnet_kernels").strip(".")
+                for alias in child.names:
+                    full = f"{inside}.{alias.name}".strip(".")
+                    yield (full if full in MODULES else inside or full), at_once
+            yield from visit(child, at_once and not isinstance(child, ast.FunctionDef))
+
+    yield from visit(ast.parse(path.read_text()), True)
+
+
+def layer(name: str) -> int:
+    return LAYERS[name.partition(".")[0]]
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n not in ("__init__", "__main__")])
+def test_imports_go_downwards(name):
+    assert not [used for used, _ in imports(MODULES[name]) if layer(used) < layer(name)]
+
+
+def test_no_import_leads_back():
+    """Within a layer, too: not one circle among what modules import at once."""
+    used = {
+        name: {n for n, at_once in imports(path) if at_once and n in MODULES} - {name}
+        for name, path in MODULES.items()
+    }
+    while free := {name for name, needs in used.items() if not needs & used.keys()}:
+        used = {name: needs for name, needs in used.items() if name not in free}
+    assert not used
+
+
+@pytest.mark.parametrize("folder", ["", "cpu", "cuda"])
+def test_includes_stay_with_their_device(folder):
+    """cpu/ and cuda/ never include each other; device code includes no torch header."""
+    for path in (ROOT / "csrc" / folder).glob("*"):
+        if not path.is_file():
+            continue
+        included = re.findall(r'#include ["<]([^">]+)[">]', path.read_text())
+        if folder:
+            assert not any("cpu/" in name or "cuda/" in name for name in included), path.name
+        if path.suffix == ".cuh":
+            assert not any(name.startswith("torch/") for name in included), path.name
+
+
+WALKED = re.findall(r"`([\w/]+\.(?:py|cpp|h|cu|cuh))`\s((?:`[\w.]+`(?:, | or )?)+)", PAGE)
+
+
+@pytest.mark.parametrize(("file", "names"), WALKED, ids=[file for file, _ in WALKED])
+def test_walks_name_what_is_there(file, names):
+    text = next(p for p in (PACKAGE / file, ROOT / "csrc" / file) if p.exists()).read_text()
+    for name in re.findall(r"[\w.]+", names.replace(" or ", " ")):
+        last = name.split(".")[-1]
+        defined = rf"(def|class) {last}\b" if file.endswith(".py") else rf"[\w*>] ?{last}\("
+        assert re.search(defined, text), f"{file}: {name}"
