@@ -12,16 +12,17 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-#: The activations every backend knows, by the name the operators take. ``slope`` is used by
-#: leaky_relu only. csrc/activation.h lists the same names in the same order.
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "identity": lambda z, slope: z,
-    "relu": lambda z, slope: F.relu(z),
-    "relu6": lambda z, slope: F.relu6(z),
-    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope),
-    "hardswish": lambda z, slope: F.hardswish(z),
-    "silu": lambda z, slope: F.silu(z),
-    "hardsigmoid": lambda z, slope: F.hardsigmoid(z),
+#: The activations every backend knows, by the name the operators take: functions of a tensor and
+#: leaky_relu's slope, which may write over the tensor where they are told so. csrc/activation.h
+#: lists the same names in the same order.
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "identity": lambda z, slope, inplace=False: z,
+    "relu": lambda z, slope, inplace=False: F.relu(z, inplace),
+    "relu6": lambda z, slope, inplace=False: F.relu6(z, inplace),
+    "leaky_relu": lambda z, slope, inplace=False: F.leaky_relu(z, slope, inplace),
+    "hardswish": lambda z, slope, inplace=False: F.hardswish(z, inplace),
+    "silu": lambda z, slope, inplace=False: F.silu(z, inplace),
+    "hardsigmoid": lambda z, slope, inplace=False: F.hardsigmoid(z, inplace),
 }
 
 

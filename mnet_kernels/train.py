@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mnet_kernels import backends, report
-from mnet_kernels.data import InputError
+from mnet_kernels.inputs import InputError
 from mnet_kernels.models import mobilenet_v1
 from mnet_kernels.report import curve
 from mnet_kernels.swap import swap

@@ -28,7 +28,7 @@ class Command(click.Command):
         try:
             return super().invoke(context)
         except ValueError as error:
-            from mnet_kernels.data import InputError
+            from mnet_kernels.inputs import InputError
 
             if isinstance(error, InputError):
                 raise click.ClickException(str(error)) from None

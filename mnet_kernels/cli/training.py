@@ -214,7 +214,7 @@ def _announce(recipe: Any, output: Path, group: Any) -> None:
         f"Training MobileNet V1, alpha {recipe.alpha:g}, on {recipe.data}: {recipe.backend}, "
         f"{recipe.precision}, {recipe.layout}, {group.world} x {group.device.type}, into {output}"
     )
-    from mnet_kernels.data import InputError, require
+    from mnet_kernels.inputs import InputError, require
 
     try:
         require("matplotlib", "'mnet_kernels[train]'")

@@ -17,7 +17,7 @@ from mnet_kernels.nn.constants import FORMS, Constants, renewed
 from mnet_kernels.nn.fold import fold, scaled, statistics_of
 from mnet_kernels.nn.server import FOLDED, dense_server, depthwise_server
 from mnet_kernels.nn.snapshot import Snapshot
-from mnet_kernels.reference import same_padding
+from mnet_kernels.reference import ACTIVATIONS, same_padding
 from mnet_kernels.registration import layout_of
 
 _Edges = tuple[int, int, int, int]
@@ -225,7 +225,7 @@ class FusedConv2d(nn.Conv2d):
         if bias is not None:
             bias = bias.to(x.dtype)
         y = F.conv2d(x, folded, bias, self.stride, (top, left), self.dilation, self.groups)
-        return _IN_PLACE[fusion.activation](y, fusion.slope)
+        return ACTIVATIONS[fusion.activation](y, fusion.slope, inplace=True)
 
     def _packs(self, x: Tensor) -> bool:
         """Whether this call goes to the packed convolution, which has no gradient."""
@@ -365,17 +365,6 @@ def absorbed(x: Tensor) -> Tensor:
 
 def recorded() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-_IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "identity": lambda z, slope: z,
-    "relu": lambda z, slope: F.relu(z, inplace=True),
-    "relu6": lambda z, slope: F.relu6(z, inplace=True),
-    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope, inplace=True),
-    "hardswish": lambda z, slope: F.hardswish(z, inplace=True),
-    "silu": lambda z, slope: F.silu(z, inplace=True),
-    "hardsigmoid": lambda z, slope: F.hardsigmoid(z, inplace=True),
-}
 
 
 def in_functorch() -> bool:

@@ -21,9 +21,10 @@ from mnet_kernels.reference import IDENTITY, Activation
 from mnet_kernels.runs.stages import Run, Stage
 from mnet_kernels.swap import tracing
 from mnet_kernels.swap.module_facts import ModuleFacts
-from mnet_kernels.swap.plan import Call, Site
+from mnet_kernels.swap.plan import Site
 from mnet_kernels.swap.probe import activation_of, is_sigmoid
 from mnet_kernels.swap.run_draft import Draft
+from mnet_kernels.swap.tracing import Call
 
 
 def find_runs(model: nn.Module, sites: list[Site], facts: ModuleFacts) -> dict[str, list[Run]]:
@@ -260,8 +261,7 @@ class _Reader:
         elif node.target in (torch.flatten, "flatten"):
             given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
             known = finder.flattened(draft, (given.get("start_dim", 0), given.get("end_dim", -1)))
-        elif node.op == "call_method" or tracing.is_of_torch(node.target):
-            call = Call(node.target, tuple(node.args[1:]), dict(node.kwargs))
+        elif (call := Call.of(node)) is not None:
             known = finder.activated(draft, activation_of(call)) or (
                 is_sigmoid(call) and draft.sigmoid()
             )

@@ -18,12 +18,12 @@ from mnet_kernels.nn import SamePad2d, is_depthwise
 from mnet_kernels.reference import IDENTITY
 from mnet_kernels.swap.layout import free_nodes
 from mnet_kernels.swap.module_facts import ModuleFacts
-from mnet_kernels.swap.plan import Call, Left, Plan, Site, describe
+from mnet_kernels.swap.plan import Left, Plan, Site, describe
 from mnet_kernels.swap.probe import (
     activation_of,
     is_norm_like,
 )
-from mnet_kernels.swap.tracing import callers, constants_only, is_of_torch
+from mnet_kernels.swap.tracing import Call, callers, constants_only
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,8 @@ class TracedForward:
             found = self.facts.activation(self.modules[act])
             if found == IDENTITY:
                 return _Step("skip", act)
-        elif node.op == "call_method" or is_of_torch(node.target):
-            act = Call(node.target, tuple(node.args[1:]), dict(node.kwargs))
-            found = activation_of(act)
+        elif (call := Call.of(node)) is not None:
+            act, found = call, activation_of(call)
         else:
             return None
         if found is None or found == IDENTITY:

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mnet_kernels.nn import is_depthwise
 from mnet_kernels.reference import IDENTITY, Activation
 from mnet_kernels.runs.stages import Run
-
-
-@dataclass(frozen=True)
-class Call:
-    """A function or tensor method with its constant arguments, as a function of one tensor."""
-
-    target: Any  # a function, or a method's name
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(hash=False)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        function = getattr(type(x), self.target) if isinstance(self.target, str) else self.target
-        return function(x, *self.args, **self.kwargs)
+from mnet_kernels.swap.tracing import Call
 
 
 @dataclass(frozen=True)

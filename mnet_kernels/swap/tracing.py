@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 #: In a node's ``meta``: the paths of the modules inside whose forward it was made, outermost
 #: first. A module's call ends with that module itself.
@@ -54,6 +55,27 @@ def trace(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> fx.Graph:
 def _defaults(module: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(type(module).forward).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function or tensor method with its constant arguments, as a function of one tensor."""
+
+    target: Any  # a function, or a method's name
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(hash=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        function = getattr(type(x), self.target) if isinstance(self.target, str) else self.target
+        return function(x, *self.args, **self.kwargs)
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Call | None:
+        """What a node calls, if it is a function or method of torch's, on one computed tensor."""
+        of_torch = node.op == "call_function" and is_of_torch(node.target)
+        if not (of_torch or node.op == "call_method") or not constants_only(node):
+            return None
+        return cls(node.target, tuple(node.args[1:]), dict(node.kwargs))
 
 
 # --- taking calls out of a module's own forward ---------------------------------------------

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mnet_kernels.data import InputError
+from mnet_kernels.inputs import InputError
 from mnet_kernels.training.batches import deaf_to_workers
 
 

@@ -11,7 +11,7 @@ import torch
 from train_processes import start
 
 from mnet_kernels import cli, train
-from mnet_kernels.data import InputError
+from mnet_kernels.inputs import InputError
 from mnet_kernels.models import mobilenet_v1
 from mnet_kernels.train import Stopped
 from mnet_kernels.training import checkpoint, recipe
