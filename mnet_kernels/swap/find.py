@@ -22,6 +22,7 @@ from mnet_kernels.swap.module_facts import ModuleFacts, take_hooks
 from mnet_kernels.swap.neighbours import TracedForward
 from mnet_kernels.swap.plan import Left, Plan, Site, describe
 from mnet_kernels.swap.source import called_only, is_container
+from mnet_kernels.swap.tracing import join
 
 
 def find(model: nn.Module) -> Plan:
@@ -69,7 +70,7 @@ class _Finder:
         parts = list(self._parts(self.model, "", plan))
         seen = collections.Counter(id(m) for part in parts for m in part.members)
         for part in parts:
-            paths = {name: _join(part.path, name) for name, _ in part.root.named_modules()}
+            paths = {name: join(part.path, name) for name, _ in part.root.named_modules()}
             for site in part.plan.sites:
                 used = (site.conv, site.norm, *site.absorbed, *(owner for owner, _ in site.removed))
                 if any(seen[id(part.root.get_submodule(p))] > 1 for p in used if p is not None):
@@ -100,7 +101,7 @@ class _Finder:
                 continue
             yield part
             for name in closed:
-                yield from self._parts(root.get_submodule(name), _join(path, name), plan)
+                yield from self._parts(root.get_submodule(name), join(path, name), plan)
             return
         if error is not None:
             reason = f"cannot be traced ({tracing.brief(error)})"
@@ -108,7 +109,7 @@ class _Finder:
         below: set[nn.Module] = set()
         for name, module in called_only(root):
             below.update(module.modules())
-            yield from self._parts(module, _join(path, name), plan)
+            yield from self._parts(module, join(path, name), plan)
         reason = "a forward that cannot be traced does more with it than call it"
         for name, module in root.named_modules(prefix=path):
             if isinstance(module, _ConvNd) and module not in below:
@@ -161,10 +162,6 @@ class _Finder:
                 reason = "used differently in training and in eval mode"
                 plan.left.append(Left(site.conv, site.pattern, reason))
         return _Part(path, root, members, plan), sorted(closed)
-
-
-def _join(*path: str) -> str:
-    return ".".join(part for part in path if part)
 
 
 def _innermost_first(root: nn.Module) -> Iterator[nn.Module]:

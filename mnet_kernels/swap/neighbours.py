@@ -1,7 +1,12 @@
 """One traced forward: what every convolution in it can take over, and why no more.
 
-The steps beside a convolution (zero padding before it; normalisation and activation after it) are
-its own where nobody else sees what passes between them, at every call.
+Zero padding before a convolution, and the norm and the activation after it, become its own where
+nobody else sees what passes between them. A convolution may be called several times (weights shared
+between heads, say); then this must be so, with the same neighbours, at every one of its calls.
+
+What a neighbour did must not be done again. A module that is called nowhere else is *absorbed*: its
+forward hands its input on. A function, or a module that is also called elsewhere, is *removed*: the
+call is taken out of the forward that makes it (tracing.py, Shortened).
 """
 
 from __future__ import annotations
@@ -31,7 +36,8 @@ class _Step:
     """One neighbour of a convolution that it takes over."""
 
     kind: str  # "pad", "norm", "act", or "skip" for what does nothing anyway
-    #: A module's path, or a call's owner and position.
+    #: Of a module that is absorbed, its path; of a call that is removed, the path of the module
+    #: whose forward makes it, and its position there.
     key: str | tuple[str, int]
     does: Any = None  # the padding, Norm or Activation
     act: str | Call | None = None  # of "act": the module's path or the function
@@ -43,8 +49,11 @@ class TracedForward:
     def __init__(self, root: nn.Module, graph: fx.Graph, facts: ModuleFacts) -> None:
         self.facts = facts
         self.modules = dict(root.named_modules())
+        #: All calls of a module, by its path.
         self.calls: dict[str, list[fx.Node]] = collections.defaultdict(list)
+        #: By the path of a module and what it calls: all such calls.
         self.alike: dict[tuple[str, Any], list[fx.Node]] = collections.defaultdict(list)
+        #: How often a call is made that could be removed, by _Step.key.
         self.uses: dict[tuple[str, int], int] = {}
         for node in graph.nodes:
             if node.op == "call_module":
@@ -100,7 +109,11 @@ class TracedForward:
         )
 
     def _common(self, chains: list[tuple[list[_Step], str]]) -> tuple[list[_Step], str]:
-        """The steps beside every call of one convolution and beside no other call."""
+        """The steps beside every call of one convolution, and beside no other call; why no more.
+
+        Args:
+            chains: for each of its calls, the steps there and why there are no more.
+        """
         steps, note = chains[0]
         for other, _ in chains[1:]:
             same = [a == b for a, b in zip(steps, other, strict=False)]
@@ -114,6 +127,7 @@ class TracedForward:
         return steps, note
 
     def _before(self, node: fx.Node, calls: int) -> tuple[list[_Step], str]:
+        """The padding before one of a convolution's ``calls``, if there is one."""
         pad = node.args[0]
         if self.facts.pads_same(cast(nn.Conv2d, self.modules[str(node.target)])):
             return [], ""
@@ -121,7 +135,7 @@ class TracedForward:
             return [], ""
         edges = self._edges(pad, cast(nn.Conv2d, self.modules[str(node.target)]))
         key = None if edges is None else self._key(pad, calls)
-        return ([_Step("pad", key, edges)] if isinstance(key, tuple | str) else []), ""
+        return ([] if key is None or isinstance(key, _Why) else [_Step("pad", key, edges)]), ""
 
     def _edges(self, node: fx.Node, conv: nn.Conv2d) -> tuple[int, int, int, int] | str | None:
         """The zeros (top, left, bottom, right) that a node adds before ``conv``, if it does
@@ -197,15 +211,12 @@ class TracedForward:
             return None
         key = self._key(node, calls)
         if isinstance(key, _Why):
-            return f"activation left native: {key}"
+            return f"activation left native: {key.reason}"
         return _Step("act", key, found, act)
 
     def _key(self, node: fx.Node, calls: int) -> str | tuple[str, int] | _Why:
-        """How to silence a call that happens beside each of a convolution's ``calls``.
-
-        A module that is called nowhere else is silenced itself. Otherwise the call has to come out
-        of the forward that makes it.
-        """
+        """How a call that is made beside each of a convolution's ``calls`` can be taken out: the
+        ``key`` of a :class:`_Step`, or why not."""
         if node.op == "call_module" and len(self.calls[str(node.target)]) == calls:
             return str(node.target)
         owner, kind = _owner(node), _kind(node, self.modules)
@@ -214,6 +225,8 @@ class TracedForward:
         if isinstance(own, str):
             return _Why(own)
         inner = dict(module.named_modules())
+        # Where the owner's own forward makes such calls. In this graph they are repeated as often
+        # as that forward ran: the same position again after every len(positions) of them.
         positions = [i for i, n in enumerate(own) if _kind(n, inner) == kind]
         alike = self.alike[owner, kind]
         if not positions or len(alike) % len(positions):
@@ -227,13 +240,16 @@ class TracedForward:
         return any(self.modules[p] in self.facts.hooked for p in set(callers(a)) ^ set(callers(b)))
 
 
-class _Why(str):
-    """A reason, where a plain string would be a path."""
+@dataclass(frozen=True)
+class _Why:
+    """Why a call cannot be taken out."""
+
+    reason: str
 
 
 def _owner(node: fx.Node) -> str:
     """The path of the module whose forward makes a call."""
-    return (*("",), *callers(node))[-1]
+    return callers(node)[-1] if callers(node) else ""
 
 
 def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, Any]:

@@ -1,4 +1,7 @@
-"""What was found in a model: plain descriptions, modules named by their paths."""
+"""What was found in a model, and is to be done to it: plain descriptions.
+
+Modules are named by paths: a plan is made of one copy of a model and carried out on another.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,22 @@ class Site:
 
     conv: str
     pattern: str
-    #: (top, left, bottom, right), or "same" in TensorFlow's sense.
+    #: Zeros added before the convolution's own padding: (top, left, bottom, right), or "same" in
+    #: TensorFlow's sense.
     pad: tuple[int, int, int, int] | str = (0, 0, 0, 0)
     norm: str | None = None
     batch_statistics: bool = False
-    #: Why those are left to the norm itself, if they are.
+    #: Why the batch's statistics are left to the norm itself, if they are.
     native_training: str | None = None
     #: The activation's module or function; None also where it is inside the norm.
     act: str | Call | None = None
     activation: Activation = IDENTITY
-    #: Modules that have nothing left to do.
+    #: Modules that have nothing left to do: their forwards will hand their input on.
     absorbed: tuple[str, ...] = ()
-    #: Calls that have nothing left to do: the module whose forward makes it, and its position
-    #: among that forward's nodes.
+    #: Calls that have nothing left to do, and will be taken out: the module whose forward makes it,
+    #: and its position among that forward's nodes (tracing.py, own_nodes).
     removed: tuple[tuple[str, int], ...] = ()
+    #: Whether the result may come in any memory format: nobody can tell (layout.py).
     free_layout: bool = False
     #: What was left out, and why.
     note: str = ""

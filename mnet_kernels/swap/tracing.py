@@ -148,6 +148,11 @@ class Shortened:
         return namespace["forward"]
 
 
+def join(*path: str) -> str:
+    """The path of a module from its parts, of which some may be empty."""
+    return ".".join(part for part in path if part)
+
+
 def brief(error: Exception) -> str:
     """An exception in one line."""
     text = str(error).strip().splitlines()
