@@ -51,7 +51,7 @@ def candidate(name: str, weights: Path | None = None, preprocess: str | None = N
     """A model as ``compare`` names it, or a checkpoint of ``mnet-kernels train``.
 
     Args:
-        name: see :func:`mnet_kernels.data.subject`; or the path of a checkpoint.
+        name: see :func:`mnet_kernels.subjects.subject`; or the path of a checkpoint.
         preprocess: "keras" ([-1, 1]), "torchvision" (ImageNet's mean and deviation), or "timm"
             (what the model's own configuration says); None: as the model was trained.
 
@@ -95,8 +95,8 @@ def evaluate(
     """Evaluate on the validation half of a dataset.
 
     Args:
-        spec: see :func:`mnet_kernels.datasets.open_images`; of an ``imagefolder:PATH`` without a
-            folder ``val`` all is taken, unless ``chosen`` was trained on it.
+        spec: see :func:`mnet_kernels.training.datasets.open_images`; of an ``imagefolder:PATH``
+            without a folder ``val`` all is taken, unless ``chosen`` was trained on it.
         batch: pictures a process and step.
         backend: for :func:`mnet_kernels.swap`.
         group: the processes; each picture is looked at by one of them.

@@ -44,11 +44,11 @@ GPUS = {
 PER_TAP = 20 / 9
 
 
-def seconds(
+def separable_seconds(
     pixels: int, input_pixels: int, channels: int, outputs: int, element_bytes: int, gpu: Gpu,
     *, taps: int = 9, tf32: bool = False, copied: bool = False,
 ) -> tuple[float, float]:  # fmt: skip
-    """(one pass, two passes).
+    """Of a depthwise convolution and the 1x1 convolution after it: (one pass, two passes).
 
     Args:
         pixels: N*OH*OW; ``input_pixels`` N*H*W.
@@ -90,7 +90,7 @@ def conv_seconds(
 ) -> tuple[float, float]:  # fmt: skip
     """A dense convolution of ``taps`` taps, its affine and its activation: (in one kernel, a
     library's convolution with folded weights and the activation after it). Arguments as for
-    :func:`seconds`; ``channels`` are the input's.
+    :func:`separable_seconds`; ``channels`` are the input's.
     """
     products = pixels * channels * outputs * taps
     ours, library = _products(element_bytes, gpu, tf32)

@@ -11,7 +11,7 @@ from mnet_kernels import reference
 
 IntOrInts = int | Sequence[int]
 
-_library = torch.library.Library("mnet_kernels", "FRAGMENT")
+library = torch.library.Library("mnet_kernels", "FRAGMENT")
 
 
 def pair(value: IntOrInts) -> tuple[int, int]:
@@ -103,7 +103,7 @@ def register_autocast(name: str, operator: Callable, device_type: str) -> None:
         with torch.autocast(device_type, enabled=False):
             return operator(cast(x), cast(weight), *rest)
 
-    _library.impl(name, autocast, f"Autocast{device_type.upper()}")
+    library.impl(name, autocast, f"Autocast{device_type.upper()}")
 
 
 def register_vmap(name: str, operator: Callable) -> None:

@@ -213,7 +213,7 @@ def _register_autocast(device_type: str) -> None:
         with torch.autocast(device_type, enabled=False):
             return _separable_conv(*cast)
 
-    registration._library.impl(_OP, autocast, f"Autocast{device_type.upper()}")
+    registration.library.impl(_OP, autocast, f"Autocast{device_type.upper()}")
 
 
 _register_autocast("cpu")

@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Network:
-    """One row's network. ``spec`` is what :func:`mnet_kernels.data.subject` understands."""
+    """One row's network. ``spec`` is what :func:`mnet_kernels.subjects.subject` understands."""
 
     spec: str
     label: str

@@ -2,6 +2,7 @@
 crosses from one device to the other, and what the walks name is where they say."""
 
 import ast
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,3 +96,9 @@ def test_walks_name_what_is_there(file, names):
         last = name.split(".")[-1]
         defined = rf"(def|class) {last}\b" if file.endswith(".py") else rf"[\w*>] ?{last}\("
         assert re.search(defined, text), f"{file}: {name}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings_refer_to_what_is_there(name):
+    for named in re.findall(r":\w+:`~?(mnet_kernels\.[\w.\s]+)`", MODULES[name].read_text()):
+        pkgutil.resolve_name("".join(named.split()))

@@ -117,7 +117,7 @@ def test_gradients_of_direct_children_too(calls):
 
 
 def test_a_separable_conv_asks_no_cost_model(monkeypatch, calls):
-    monkeypatch.setattr(stage_by_stage, "seconds", lambda *args, **kwargs: (2.0, 1.0))
+    monkeypatch.setattr(stage_by_stage, "separable_seconds", lambda *args, **kwargs: (2.0, 1.0))
     block = randomize(SeparableConv(6, 8, backend="triton")).eval()
     with torch.no_grad():
         block(image(1, 6, 6, 6))

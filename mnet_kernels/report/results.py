@@ -61,7 +61,7 @@ class Evidence:
             found = rows.of_gpu(result)
         elif kind == "comparison":
             found = rows.of_comparison(result)
-            # Whatever fails, fails here.
+            # Put into words now: a result that these cannot read is refused here, not on the page.
             words.opening(result), words.verdict(result), words.labels(result)
         else:
             result.get("settings", {}).get("batch")
@@ -87,8 +87,8 @@ class Evidence:
         for fact in MACHINE:
             here, there = known.get(fact), environment.get(fact)
             if here != there:
-                words = fact.replace("_", " ")
-                raise ValueError(f"it is of another machine: {words} {there}, {first} has {here}")
+                name = fact.replace("_", " ")
+                raise ValueError(f"it is of another machine: {name} {there}, {first} has {here}")
 
 
 def _kind(result: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

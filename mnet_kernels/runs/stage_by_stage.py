@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mnet_kernels.gpu_cost import gpu_of, seconds
+from mnet_kernels.gpu_cost import gpu_of, separable_seconds
 from mnet_kernels.nn import FusedConv2d, is_depthwise
 from mnet_kernels.registration import layout_of, may_use_tf32
 from mnet_kernels.runs.one_pass import in_one_pass, slopes, why_apart
@@ -105,7 +105,7 @@ class StageByStage:
 
 def _estimate(dw: FusedConv2d, pw: FusedConv2d, x: Tensor) -> tuple[float, float]:
     height, width = dw.output_size(x)
-    return seconds(
+    return separable_seconds(
         x.shape[0] * height * width,
         x.shape[0] * x.shape[2] * x.shape[3],
         dw.out_channels,

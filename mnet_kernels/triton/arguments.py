@@ -89,8 +89,8 @@ class Convolution:
         return t.contiguous(memory_format=self.layout)
 
 
-class Call(Convolution):
-    """A depthwise convolution's: grids too.
+class Depthwise(Convolution):
+    """The same of a depthwise convolution, and how many programs of its kernels there are.
 
     Args:
         weight: ``(C*M, 1, Kh, Kw)``.
@@ -115,8 +115,8 @@ class Call(Convolution):
         return tuning.block(channels, self.itemsize, self.constants["CHANNELS_LAST"])
 
     def programs(self, meta: dict[str, int], shape: torch.Size, *, of_x: bool = False) -> int:
-        """For the patches of a tensor, and its blocks of channels; of_x: of the gradient of x,
-        whose patches grow with the stride."""
+        """How many programs go over the patches of a tensor of this shape, and its blocks of
+        channels. of_x: it is the gradient of x, whose patches grow with the stride."""
         rows, cols = meta["ROWS"], meta["COLS"]
         if of_x and self.unrolled:
             rows, cols = rows * self.constants["SH"], cols * self.constants["SW"]
@@ -124,4 +124,5 @@ class Call(Convolution):
         return cdiv(patches, self.block(shape[1])["LANES"]) * self.blocks(shape[1])
 
     def blocks(self, channels: int) -> int:
+        """Blocks of channels."""
         return cdiv(channels, self.block(channels)["BLOCK_C"])

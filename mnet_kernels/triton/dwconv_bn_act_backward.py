@@ -269,7 +269,7 @@ def dwconv_bn_act_backward(
     )
     if x.shape[0] == 0:
         return dx, dweight.zero_(), dscale.zero_(), dshift.zero_()
-    call = arguments.Call(x, weight, dy, stride, padding, dilation)
+    call = arguments.Depthwise(x, weight, dy, stride, padding, dilation)
     dy, x, taps = call.dense(dy), call.dense(x), call.taps(weight)
     dconv = torch.empty_like(dy, memory_format=call.layout)
     partial = partials(dy, 2)

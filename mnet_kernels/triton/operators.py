@@ -6,9 +6,9 @@ import torch
 
 from mnet_kernels import reference
 from mnet_kernels.registration import (
-    _library,
     explicit_padding,
     gradients_through,
+    library,
     pair,
     register_autocast,
     register_vmap,
@@ -145,7 +145,7 @@ def _separable_autocast(device_type):
 
 
 for _device in ("cpu", "cuda"):
-    _library.impl(
+    library.impl(
         "separable_conv_triton", _separable_autocast(_device), f"Autocast{_device.upper()}"
     )
 
