@@ -13,6 +13,18 @@ from mnet_kernels.reference import ACTIVATIONS, Activation
 _Pair = int | tuple[int, int]
 
 
+def check_layer(layer: str, padding: _Pair | str, backend: str | None, **activations: str) -> None:
+    """Raises ValueError, naming the layer and the argument, where one is not known."""
+    for name, given in activations.items():
+        if given not in ACTIVATIONS:
+            raise ValueError(
+                f"{layer}: {name}: expected one of {', '.join(ACTIVATIONS)}, got {given!r}"
+            )
+    if isinstance(padding, str) and padding != "same":
+        raise ValueError(f'{layer}: padding: expected "same", int or (h, w), got {padding!r}')
+    check_backend(layer, backend)
+
+
 class DepthwiseConvBNAct(nn.Module):
     """``act(bn(depthwise_conv(x)))``, fused in eval mode and in training.
 
@@ -53,16 +65,7 @@ class DepthwiseConvBNAct(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"DepthwiseConvBNAct: activation: expected one of {', '.join(ACTIVATIONS)}, "
-                f"got {activation!r}"
-            )
-        if isinstance(padding, str) and padding != "same":
-            raise ValueError(
-                f'DepthwiseConvBNAct: padding: expected "same", int or (h, w), got {padding!r}'
-            )
-        check_backend("DepthwiseConvBNAct", backend)
+        check_layer("DepthwiseConvBNAct", padding, backend, activation=activation)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         outputs = channels * depth_multiplier
         same = padding == "same"
