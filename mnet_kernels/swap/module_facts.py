@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
@@ -24,6 +26,25 @@ from mnet_kernels.swap.probe import (
 _BEHAVIOUR = {"forward", "_conv_forward", "__call__", "__getattr__", "weight", "bias"}
 
 
+_Asked = TypeVar("_Asked", bound=nn.Module)
+_Answer = TypeVar("_Answer")
+
+
+def _once(
+    find_out: Callable[[ModuleFacts, _Asked], _Answer],
+) -> Callable[[ModuleFacts, _Asked], _Answer]:
+    """A method that is run once a module; its answer is kept."""
+
+    @functools.wraps(find_out)
+    def answer(self: ModuleFacts, module: _Asked) -> _Answer:
+        key = find_out.__name__, module
+        if key not in self._answers:
+            self._answers[key] = find_out(self, module)
+        return self._answers[key]
+
+    return answer
+
+
 class ModuleFacts:
     """Answers about single modules, each found out once; probe.py runs a module where it must.
 
@@ -33,16 +54,10 @@ class ModuleFacts:
 
     def __init__(self, hooked: set[nn.Module]) -> None:
         self.hooked = hooked
-        self._norms: dict[nn.Module, Norm | str] = {}
-        self._activations: dict[nn.Module, Activation | None] = {}
-        self._resting: dict[nn.Module, bool] = {}
-        self._leaves: dict[nn.Module, bool] = {}
-        self._same: dict[nn.Module, bool] = {}
-        self._opaque: dict[nn.Module, bool] = {}
-        self._own_nodes: dict[nn.Module, list[fx.Node] | str] = {}
+        self._answers: dict[tuple[str, nn.Module], Any] = {}
 
     def altered(self, module: nn.Module) -> str | None:
-        """Why one module does not do what its class says, or None."""
+        """Why a module does not do what its class says, or None."""
         if not self.hooked.isdisjoint(module.modules()):
             return f"{type(module).__name__} has hooks"
         if "forward" in module.__dict__:
@@ -62,73 +77,54 @@ class ModuleFacts:
             return f"padding_mode is {conv.padding_mode!r}"
         return self.altered(conv)
 
+    @_once
     def pads_same(self, conv: nn.Conv2d) -> bool:
         """Whether a class of its own adds TensorFlow's "same" padding, and changes nothing else."""
-        if conv not in self._same:
-            changed = {name for cls in self._classes(conv) for name in _BEHAVIOUR & set(vars(cls))}
-            self._same[conv] = changed == {"forward"} and pads_same(conv)
-        return self._same[conv]
+        changed = {name for cls in self._classes(conv) for name in _BEHAVIOUR & set(vars(cls))}
+        return changed == {"forward"} and pads_same(conv)
 
     @staticmethod
     def _classes(conv: nn.Conv2d) -> tuple[type, ...]:
         """Those between a convolution and Conv2d."""
         return type(conv).__mro__[: type(conv).__mro__.index(nn.Conv2d)]
 
+    @_once
     def norm(self, module: nn.Module) -> Norm | str:
-        if module not in self._norms:
-            self._norms[module] = self.altered(module) or norm_of(module)
-        return self._norms[module]
+        """What a norm-like module computes, or why it cannot be fused."""
+        return self.altered(module) or norm_of(module)
 
+    @_once
     def activation(self, module: nn.Module) -> Activation | None:
-        if module not in self._activations:
-            altered = self.altered(module) is not None
-            self._activations[module] = None if altered else module_activation(module)
-        return self._activations[module]
+        """Which of our activations it is, if it is one."""
+        return None if self.altered(module) is not None else module_activation(module)
 
     def sigmoid(self, module: nn.Module) -> bool:
+        """Whether it is the sigmoid, which gates end in."""
         return self.altered(module) is None and module_is_sigmoid(module)
 
+    @_once
     def rests(self, module: nn.Module) -> bool:
         """Whether it hands its input on in eval mode (dropout, stochastic depth)."""
-        if module not in self._resting:
-            altered = self.altered(module) is not None
-            self._resting[module] = not altered and rests_in_eval(module)
-        return self._resting[module]
+        return self.altered(module) is None and rests_in_eval(module)
 
     def keeps_format(self, module: nn.Module) -> bool:
-        """Norms, activations and the like, and convolutions that pad."""
+        """Whether it takes any memory format and keeps it, as norms, activations and the like do,
+        and convolutions that pad."""
         if isinstance(module, nn.Conv2d):
             return self.pads_same(module)
         if is_norm_like(module):
             return isinstance(self.norm(module), Norm)
         return self.activation(module) is not None or self.rests(module)
 
+    @_once
     def own_nodes(self, module: nn.Module) -> list[fx.Node] | str:
-        if module not in self._own_nodes:
-            self._own_nodes[module] = tracing.own_nodes(module)
-        return self._own_nodes[module]
+        """See tracing.py."""
+        return tracing.own_nodes(module)
 
+    @_once
     def is_leaf(self, module: nn.Module) -> bool:
-        if module not in self._leaves:
-            self._leaves[module] = self._is_leaf(module)
-        return self._leaves[module]
-
-    def is_leaf_or_opaque(self, module: nn.Module) -> bool:
-        if self.is_leaf(module):
-            return True
-        if module not in self._opaque:
-            self._opaque[module] = not self._is_traceable(module, self.is_leaf_or_opaque)
-        return self._opaque[module]
-
-    @staticmethod
-    def _is_traceable(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> bool:
-        try:
-            tracing.trace(module, is_leaf)
-        except Exception:  # tracing runs the model's own code
-            return False
-        return True
-
-    def _is_leaf(self, module: nn.Module) -> bool:
+        """Whether a trace goes no further than the call of this module: it is one of torch's own,
+        one that may be taken over, or one without anything to fuse that cannot be traced."""
         inner = list(module.modules())
         if type(module).__module__.startswith("torch.nn") and len(inner) == 1:
             return True
@@ -138,8 +134,20 @@ class ModuleFacts:
             return True
         if any(isinstance(m, _ConvNd) or is_norm_like(m) for m in inner):
             return False
-        # With nothing to fuse inside, what cannot be traced need not be.
-        return not self._is_traceable(module, self.is_leaf)
+        return not _is_traceable(module, self.is_leaf)
+
+    @_once
+    def is_leaf_or_opaque(self, module: nn.Module) -> bool:
+        """The same, or it cannot be traced though there is something to fuse inside."""
+        return self.is_leaf(module) or not _is_traceable(module, self.is_leaf_or_opaque)
+
+
+def _is_traceable(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> bool:
+    try:
+        tracing.trace(module, is_leaf)
+    except Exception:  # tracing runs the model's own code
+        return False
+    return True
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
