@@ -358,12 +358,8 @@ def check_backend(operator: str, backend: str | None) -> None:
         )
 
 
-def absorbed(x: Tensor) -> Tensor:
-    """The forward of a module whose work a FusedConv2d does: it hands its input on."""
-    return x
-
-
 def recorded() -> bool:
+    """Whether the call is being compiled, exported or traced: nothing may be kept of it."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 

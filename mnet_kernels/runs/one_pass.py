@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mnet_kernels.nn import FusedConv2d, in_functorch
+from mnet_kernels.nn import FusedConv2d
+from mnet_kernels.nn.fused import in_functorch
 from mnet_kernels.separable import separable_conv, why_composed
 
 

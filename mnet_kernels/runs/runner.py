@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from mnet_kernels import ops
-from mnet_kernels.nn import FusedConv2d, Fusion, declared_shape, in_functorch, recorded
+from mnet_kernels.nn import FusedConv2d, Fusion
 from mnet_kernels.nn.fold import fold, statistics_of
+from mnet_kernels.nn.fused import declared_shape, in_functorch, recorded
 from mnet_kernels.nn.snapshot import Watch
 from mnet_kernels.reference import ACTIVATIONS, Activation
 from mnet_kernels.runs.stage_by_stage import StageByStage

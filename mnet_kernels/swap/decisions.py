@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mnet_kernels.backends import NAMES, why_not
-from mnet_kernels.nn import FOLDED, FusedConv2d, Fusion, dense, is_depthwise
+from mnet_kernels.nn import FusedConv2d, Fusion, dense, is_depthwise
+from mnet_kernels.nn.server import FOLDED
 from mnet_kernels.ops import has_dense_kernel
 from mnet_kernels.runs.pairs import measure as measure_pairs
 from mnet_kernels.runs.pairs import runners
