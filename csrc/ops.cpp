@@ -67,7 +67,8 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
   m.def("conv_sequence(Tensor x, Tensor stages, Tensor constants, bool flat=False) -> Tensor");
   // Which pairs of them it would fuse, and why.
   m.def("conv_sequence_plan(Tensor x, Tensor stages, Tensor constants, int threads) -> int[]");
-  // Adds x to a list of tensors whose addresses are watched (csrc/watched.h); 0: a new list.
+  // Adds x to a list of tensors whose addresses are watched (csrc/watched_tensors.h); 0: a new
+  // list.
   m.def("watch(Tensor x, int list) -> int");
   // The checks alone, for backends that are not written in C++: x's output size and the explicit
   // padding, (OH, OW, top, left, bottom, right). groups = 0 means depthwise.
