@@ -51,8 +51,8 @@ def compile_ways(
 
 
 def first_call_seconds(call: Layer, x: Tensor) -> float:
-    """Of a call that has to compile and tune: Triton's cache on disk starts empty, the one in
-    memory keeps what an earlier row of the same layer and layout compiled."""
+    """What a call takes that has to compile and tune. Triton's cache on disk starts empty, the one
+    in memory keeps what an earlier row of the same layer and layout compiled."""
     before = os.environ.get("TRITON_CACHE_DIR")
     with tempfile.TemporaryDirectory() as empty:
         os.environ["TRITON_CACHE_DIR"] = empty

@@ -32,6 +32,8 @@ PHOTOGRAPHS = (
 
 @dataclass(frozen=True)
 class Photograph:
+    """A picture and what it is called."""
+
     name: str
     image: Image
 

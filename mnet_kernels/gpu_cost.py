@@ -22,6 +22,8 @@ import torch
 
 @dataclass(frozen=True)
 class Gpu:
+    """What a GPU can do at best."""
+
     multiprocessors: int
     bytes_per_s: float  # of a large copy
     #: 16-bit multiply-adds per second, of our mma.sync kernels at their best; of TF32 half of it.
@@ -48,7 +50,8 @@ def separable_seconds(
     pixels: int, input_pixels: int, channels: int, outputs: int, element_bytes: int, gpu: Gpu,
     *, taps: int = 9, tf32: bool = False, copied: bool = False,
 ) -> tuple[float, float]:  # fmt: skip
-    """Of a depthwise convolution and the 1x1 convolution after it: (one pass, two passes).
+    """What a depthwise convolution and the 1x1 convolution after it take, in seconds: (in one pass,
+    in two).
 
     Args:
         pixels: N*OH*OW; ``input_pixels`` N*H*W.

@@ -18,6 +18,7 @@ SEPARABLE_TENSORS, SEPARABLE_IMAGES_AND_WEIGHTS = 8, (0, 1, 4, 7)
 
 
 def pair(value: IntOrInts) -> tuple[int, int]:
+    """(h, w) of a stride or dilation as the operators take it."""
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
@@ -51,6 +52,7 @@ def output_size(x, weight, stride, pad, dilation) -> list[int]:
 
 
 def same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Raises RuntimeError, naming the argument, where one is not on x's device."""
     for name, t in others.items():
         if t is not None and t.device != x.device:
             raise RuntimeError(f"{op}: {name}: expected x's device {x.device}, got {t.device}")
@@ -74,16 +76,16 @@ def laid_out_as(gradient: Tensor, t: Tensor) -> Tensor:
 
 
 def gradients_through(y: Tensor, dy: Tensor, tensors, wanted, again: bool) -> list[Tensor | None]:
-    """Of those `tensors` that are `wanted`, dy through the graph of y; again: what comes out can be
-    differentiated again."""
+    """The gradients of those `tensors` that are `wanted`, None for the others: dy, taken back
+    through the graph of y. again: they can be differentiated again."""
     inputs = [t for t, w in zip(tensors, wanted, strict=True) if w]
     gradients = iter(torch.autograd.grad(y, inputs, dy, create_graph=again))
     return [next(gradients) if w else None for w in wanted]
 
 
 def training_gradients(dy: Tensor, tensors, constants, wanted) -> list[Tensor | None]:
-    """dwconv_bn_act_training's of x, weight, gamma and beta, where `wanted`, in plain PyTorch,
-    which has derivatives of any order."""
+    """The gradients of dwconv_bn_act_training's x, weight, gamma and beta, where `wanted`: in plain
+    PyTorch, which has derivatives of any order."""
     stride, padding, dilation, activation, slope, eps = constants
     stride, dilation = pair(stride), pair(dilation)
     padding = explicit_padding(tensors[0], tensors[1], stride, padding, dilation)

@@ -344,7 +344,8 @@ def is_depthwise(conv: Any) -> bool:
 
 
 def declared_shape(conv: nn.Conv2d | nn.Linear) -> tuple[int, ...]:
-    """Of a weight, by the module's attributes, which native calls do not look at."""
+    """The shape that a weight has by its module's attributes. It may have been given another one:
+    native calls do not look at the attributes, the fused operators do."""
     if isinstance(conv, nn.Linear):
         return conv.out_features, conv.in_features
     return conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size

@@ -35,6 +35,7 @@ class Evidence:
 
     @property
     def empty(self) -> bool:
+        """Whether there is nothing to show."""
         return not (self.rows or self.runs or self.tradeoffs)
 
     def add(self, name: str, result: Mapping[str, Any]) -> None:

@@ -119,6 +119,7 @@ def names(way: str) -> str:
 
 
 def percent_text(fraction: float | None) -> str:
+    """Whole per cent; nothing for what is not known."""
     return "" if fraction is None else f"{fraction:.0%}"
 
 

@@ -138,7 +138,7 @@ class ModuleFacts:
 
     @_once
     def is_leaf_or_opaque(self, module: nn.Module) -> bool:
-        """The same, or it cannot be traced though there is something to fuse inside."""
+        """Whether it is a leaf, or cannot be traced though there is something to fuse inside."""
         return self.is_leaf(module) or not _is_traceable(module, self.is_leaf_or_opaque)
 
 

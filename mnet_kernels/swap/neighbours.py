@@ -62,6 +62,7 @@ class TracedForward:
         self.free = free_nodes(graph, self.modules, facts.keeps_format)
 
     def plan(self) -> Plan:
+        """A site, or the reason why it is left, for every convolution."""
         plan = Plan()
         for path, conv in self.modules.items():
             if isinstance(conv, _ConvNd):

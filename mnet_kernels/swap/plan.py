@@ -53,6 +53,8 @@ class Left:
 
 @dataclass
 class Plan:
+    """All that was found in a model."""
+
     sites: list[Site] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     #: By the path of their module.
@@ -60,7 +62,7 @@ class Plan:
 
 
 def describe(conv: nn.Module) -> str:
-    """For instance "conv_dw 3x3 s2"."""
+    """What kind of convolution it is, for instance "conv_dw 3x3 s2" (stride 2)."""
     if not isinstance(conv, nn.Conv2d):
         return type(conv).__name__
     kind = "conv"

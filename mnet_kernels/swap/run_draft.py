@@ -35,6 +35,7 @@ class Draft:
         return len(self.stages)
 
     def copy(self) -> Draft:
+        """One that can be extended without changing this one."""
         return replace(
             self,
             stages=[*self.stages],

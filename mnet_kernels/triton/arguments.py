@@ -16,10 +16,12 @@ _UNROLLED_TAPS = 49
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return (a + b - 1) // b
 
 
 def dense(t: Tensor | None) -> Tensor | None:
+    """A vector without gaps, as kernels read it."""
     return None if t is None else t.contiguous()
 
 
@@ -49,7 +51,7 @@ def check(
 
 
 def empty_output(x, weight, stride, padding, dilation, outputs=None) -> Tensor:
-    """Of a convolution, or of one with ``outputs`` channels and the same pixels."""
+    """Memory for a convolution's result, or for one with ``outputs`` channels instead."""
     stride, dilation = pair(stride), pair(dilation)
     top, left, bottom, right = explicit_padding(x, weight, stride, padding, dilation)
     room_h = x.shape[2] + top + bottom - (weight.shape[2] - 1) * dilation[0] - 1
@@ -86,11 +88,12 @@ class Convolution:
         }  # fmt: skip
 
     def dense(self, t: Tensor) -> Tensor:
+        """An image without gaps, in the call's layout."""
         return t.contiguous(memory_format=self.layout)
 
 
 class Depthwise(Convolution):
-    """The same of a depthwise convolution, and how many programs of its kernels there are.
+    """A checked call of a depthwise convolution: also how many programs its kernels have.
 
     Args:
         weight: ``(C*M, 1, Kh, Kw)``.
