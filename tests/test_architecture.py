@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mnet_kernels"
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -57,9 +55,15 @@ def layer(name: str) -> int:
     return LAYERS[name.partition(".")[0]]
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if n not in ("__init__", "__main__")])
-def test_imports_go_downwards(name):
-    assert not [used for used, _ in imports(MODULES[name]) if layer(used) < layer(name)]
+def test_imports_go_downwards():
+    upwards = [
+        (name, used)
+        for name, path in MODULES.items()
+        if name not in ("__init__", "__main__")
+        for used, _ in imports(path)
+        if layer(used) < layer(name)
+    ]
+    assert not upwards
 
 
 def test_no_import_leads_back():
@@ -73,32 +77,37 @@ def test_no_import_leads_back():
     assert not used
 
 
-@pytest.mark.parametrize("folder", ["", "cpu", "cuda"])
-def test_includes_stay_with_their_device(folder):
-    """cpu/ and cuda/ never include each other; device code includes no torch header."""
-    for path in (ROOT / "csrc" / folder).glob("*"):
-        if not path.is_file():
-            continue
-        included = re.findall(r'#include ["<]([^">]+)[">]', path.read_text())
-        if folder:
-            assert not any("cpu/" in name or "cuda/" in name for name in included), path.name
+def included(path: Path) -> list[str]:
+    return re.findall(r'#include ["<]([^">]+)[">]', path.read_text())
+
+
+def test_includes_go_downwards():
+    """cpu/ and cuda/ never include each other, and only what Python calls directly includes them;
+    device code includes no torch header, kernels of an instruction set nothing at all."""
+    csrc = ROOT / "csrc"
+    for path in csrc.rglob("*.*"):
+        names = included(path)
+        if path.parent != csrc or path.name not in ("bindings.cpp", "direct_call.cpp"):
+            assert not [n for n in names if "cpu/" in n or "cuda/" in n], path.name
         if path.suffix == ".cuh":
-            assert not any(name.startswith("torch/") for name in included), path.name
+            assert not [n for n in names if n.startswith("torch/")], path.name
+    for group in ("instruction_set.inc", "forward_kernels.inc"):
+        for name in included(csrc / "cpu" / group):
+            assert name.endswith(".inc") or not included(csrc / "cpu" / name), name
 
 
-WALKED = re.findall(r"`([\w/]+\.(?:py|cpp|h|cu|cuh))`\s((?:`[\w.]+`(?:, | or )?)+)", PAGE)
+def test_walks_name_what_is_there():
+    walked = re.findall(r"`([\w/]+\.(?:py|cpp|h|cu|cuh))`\s((?:`[\w.]+`(?:, | or )?)+)", PAGE)
+    assert walked
+    for file, names in walked:
+        text = next(p for p in (PACKAGE / file, ROOT / "csrc" / file) if p.exists()).read_text()
+        for name in re.findall(r"[\w.]+", names.replace(" or ", " ")):
+            last = name.split(".")[-1]
+            defined = rf"(def|class) {last}\b" if file.endswith(".py") else rf"[\w*>] ?{last}\("
+            assert re.search(defined, text), f"{file}: {name}"
 
 
-@pytest.mark.parametrize(("file", "names"), WALKED, ids=[file for file, _ in WALKED])
-def test_walks_name_what_is_there(file, names):
-    text = next(p for p in (PACKAGE / file, ROOT / "csrc" / file) if p.exists()).read_text()
-    for name in re.findall(r"[\w.]+", names.replace(" or ", " ")):
-        last = name.split(".")[-1]
-        defined = rf"(def|class) {last}\b" if file.endswith(".py") else rf"[\w*>] ?{last}\("
-        assert re.search(defined, text), f"{file}: {name}"
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_docstrings_refer_to_what_is_there(name):
-    for named in re.findall(r":\w+:`~?(mnet_kernels\.[\w.\s]+)`", MODULES[name].read_text()):
-        pkgutil.resolve_name("".join(named.split()))
+def test_docstrings_refer_to_what_is_there():
+    for path in MODULES.values():
+        for named in re.findall(r":\w+:`~?(mnet_kernels\.[\w.\s]+)`", path.read_text()):
+            pkgutil.resolve_name("".join(named.split()))
