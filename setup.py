@@ -192,7 +192,7 @@ extensions = [
             "csrc/cpu/instruction_sets.cpp",
             "csrc/cpu/active.cpp",
             "csrc/ops.cpp",
-            "csrc/watched.cpp",
+            "csrc/watched_tensors.cpp",
             "csrc/direct_call.cpp",
         ],
         define_macros=[*define_macros, ("MNET_WHY_NO_CUDA", f'"{why_no_cuda or ""}"')],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mnet_kernels import _cuda, backends
-from mnet_kernels.fold import fold
+from mnet_kernels.nn.fold import fold
 from mnet_kernels.registration import may_use_tf32
 
 _conv_bn_act = torch.ops.mnet_kernels.conv_bn_act.default

@@ -15,8 +15,8 @@ from gpu_timing import DTYPES, LAYOUTS, Layer, Race, Row, beside, engine, inputs
 from peers import compiled
 from torch import Tensor, nn
 
-from mnet_kernels.data import randomise_batchnorm
 from mnet_kernels.registration import may_use_tf32
+from mnet_kernels.subjects import randomise_batchnorm
 from mnet_kernels.timing import ratio
 
 #: channels, height, width, kernel, stride, outputs, times in the network.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mnet_kernels import _cuda, backends, ops
-from mnet_kernels.fold import fold
+from mnet_kernels.nn.fold import fold
 from mnet_kernels.timing import ratio
 
 #: Models and layouts of which the seconds of Triton's first call are known.
@@ -51,8 +51,8 @@ def compile_ways(
 
 
 def first_call_seconds(call: Layer, x: Tensor) -> float:
-    """Of a call that has to compile and tune: Triton's cache on disk starts empty, the one in
-    memory keeps what an earlier row of the same layer and layout compiled."""
+    """What a call takes that has to compile and tune. Triton's cache on disk starts empty, the one
+    in memory keeps what an earlier row of the same layer and layout compiled."""
     before = os.environ.get("TRITON_CACHE_DIR")
     with tempfile.TemporaryDirectory() as empty:
         os.environ["TRITON_CACHE_DIR"] = empty

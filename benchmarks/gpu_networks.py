@@ -18,8 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from mnet_kernels import backends, models, swap
 from mnet_kernels.compare import tolerance
-from mnet_kernels.data import randomise_batchnorm
 from mnet_kernels.registration import may_use_tf32
+from mnet_kernels.subjects import randomise_batchnorm
 
 SIZE = 224
 

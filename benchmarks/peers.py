@@ -41,12 +41,13 @@ class Case:
 
     @functools.cached_property
     def in_float32(self) -> nn.Module:
-        """For engines that take float32 and round by themselves: to the parameters of ``model``."""
+        """The model for engines that take float32 and round by themselves; its parameters are those
+        of ``model``, rounded as they are."""
         return copy.deepcopy(self.model).float()
 
     @functools.cached_property
     def onnx(self) -> bytes:
-        """As ONNX, in float32, BatchNorm folded by the exporter."""
+        """The model as ONNX, in float32, BatchNorm folded by the exporter."""
         file = io.BytesIO()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter that is ten times as slow is the new one

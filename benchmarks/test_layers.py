@@ -16,7 +16,7 @@ from shapes import shapes
 from torch import nn
 
 from mnet_kernels import ops
-from mnet_kernels.fold import fold
+from mnet_kernels.nn.fold import fold
 
 MODELS = ("mobilenet_v1", "mobilenet_v2", "mobilenet_v3_large", "convnext_tiny")
 

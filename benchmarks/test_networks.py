@@ -14,8 +14,8 @@ from peers import Case, Ready, to_last
 from rows import DTYPES, flops, parameter_bytes, row
 
 from mnet_kernels import swap
-from mnet_kernels.data import randomise_batchnorm
 from mnet_kernels.models import mobilenet_v1
+from mnet_kernels.subjects import randomise_batchnorm
 
 V1, SMALL = "mobilenet_v1", "mobilenet_v1 alpha 0.5"
 V2, V3, B0 = "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mnet_kernels import swap
 from mnet_kernels.models import mobilenet_v1
-from mnet_kernels.recipe import nadam, step
+from mnet_kernels.training.recipe import nadam, step
 
 LAYERS = shapes("mobilenet_v1")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

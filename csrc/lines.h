@@ -1,5 +1,5 @@
-// Places in memory that will be looked at one after the other and have left the caches: asked for
-// all at once, their misses overlap.
+// Prefetches cache lines that are about to be read one after the other and have left the caches:
+// asked for all at once, their misses overlap instead of adding up.
 #pragma once
 
 #include <cstddef>
@@ -9,6 +9,8 @@
 
 namespace mnet {
 
+constexpr std::size_t kLine = 64;  // bytes of a cache line
+
 class Lines {
  public:
   void add(const void* from, std::size_t bytes) {
@@ -16,13 +18,12 @@ class Lines {
     for (auto line = begin; line < reinterpret_cast<std::uintptr_t>(from) + bytes; line += kLine)
       if (seen_.insert(line).second) lines_.push_back(reinterpret_cast<const char*>(line));
   }
-  // Whether anything still lies there is of no matter.
+  // Safe whatever lies there by now: a prefetch reads nothing.
   void fetch() const {
     for (const char* line : lines_) __builtin_prefetch(line, 0, 2);
   }
 
  private:
-  static constexpr std::uintptr_t kLine = 64;
   std::vector<const char*> lines_;
   std::unordered_set<std::uintptr_t> seen_;
 };

@@ -60,19 +60,22 @@ STABLE_TORCH_LIBRARY(mnet_kernels, m) {
   m.def(
       "conv_bn_act(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int[2] stride, "
       "int[4] padding, int[2] dilation, str activation, float slope, bool tf32=False) -> Tensor");
-  // A dense convolution (one group) on weights packed by pack_conv_weight; float32, channels_last.
+  // A dense convolution (one group) on weights packed by pack_conv_weight: float32 or bfloat16 on
+  // the CPU, channels_last.
   m.def(
       "conv_bn_act_packed(Tensor x, Tensor packed, Tensor? scale, Tensor? shift, int[2] kernel, "
       "int[2] stride, int[4] padding, int[2] dilation, int out_channels, str activation, "
       "float slope) -> Tensor");
   m.def("pack_conv_weight(Tensor weight) -> Tensor");
-  // Float32 channels_last convolutions one after the other; mnet_kernels/sequences.py writes
-  // `stages` (n, 16) int64 and `constants`, csrc/cpu/sequence.h says what is in them.
+  // The layers of a run one after the other (float32 or bfloat16, channels_last);
+  // mnet_kernels/runs/runner.py writes `stages` (n, 16) int64 and `constants`, csrc/cpu/sequence.h
+  // says what is in them.
   // flat: the result, of one pixel, is (N, K).
   m.def("conv_sequence(Tensor x, Tensor stages, Tensor constants, bool flat=False) -> Tensor");
   // Which pairs of them it would fuse, and why.
   m.def("conv_sequence_plan(Tensor x, Tensor stages, Tensor constants, int threads) -> int[]");
-  // Adds x to a list of tensors whose addresses are watched (csrc/watched.h); 0: a new list.
+  // Adds x to a list of tensors whose addresses are watched (csrc/watched_tensors.h); 0: a new
+  // list.
   m.def("watch(Tensor x, int list) -> int");
   // The checks alone, for backends that are not written in C++: x's output size and the explicit
   // padding, (OH, OW, top, left, bottom, right). groups = 0 means depthwise.

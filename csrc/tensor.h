@@ -59,7 +59,7 @@ inline bool is_channels_last(const Tensor& t) {
 }
 
 // The layout of a call's output: x's own; for other strides, the nearer of the two.
-// mnet_kernels/ops.py says the same for fake tensors.
+// mnet_kernels/registration.py says the same for fake tensors.
 inline Layout layout_of(const Tensor& x) {
   if (x.is_contiguous()) return Layout::contiguous;
   if (is_channels_last(x) || x.stride(1) == 1) return Layout::channels_last;

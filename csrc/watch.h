@@ -1,6 +1,6 @@
-// Whether what a packed call was made from is still what it was. A call looks at some hundreds of
-// objects that the kernels have just driven out of the caches: they are asked for all at once
-// (lines.h), and looked at in one loop over plain pointers.
+// For Python (nn/snapshot.py): whether what a packed call was made from is still what it was. Every
+// call asks this of some hundreds of objects, which the kernels have just driven out of the caches:
+// they are prefetched all at once (lines.h), and looked at in one loop over plain pointers.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "lines.h"
-#include "watched.h"
+#include "watched_tensors.h"
 
 namespace mnet {
 
@@ -50,7 +50,7 @@ class Bytes {
 };
 
 // Entries of dictionaries (the very objects; Ellipsis: none), sizes of dictionaries, where the
-// tensors of a list lie (watched.h), and versions of some.
+// tensors of a list lie (watched_tensors.h), and versions of some.
 class Watch {
  public:
   Watch(const std::vector<std::tuple<py::dict, py::str, py::object>>& entries,
@@ -93,8 +93,8 @@ class Watch {
  private:
   struct Dict {
     PyObject* dict;
-    mutable std::uint64_t version;  // when it was last found unchanged, or 0
-    Py_ssize_t size;                // or -1
+    mutable std::uint64_t version;  // CPython's number of it when it was last found unchanged, or 0
+    Py_ssize_t size;                // that it must have; -1: any
     std::vector<std::pair<PyObject*, PyObject*>> entries;
   };
 

@@ -5,7 +5,6 @@ Each backend has one predicate; choosing a backend and refusing one use the same
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from mnet_kernels import _C
+from mnet_kernels.triton import TRITON_INTERPRETED
 
 
 def _load_cuda() -> str | None:
@@ -38,8 +38,6 @@ _why_no_cuda = _load_cuda()
 NAMES: tuple[str, ...] = ("cpu", "cuda", "triton", "native")
 
 _HAS_TRITON = find_spec("triton") is not None
-#: Triton's interpreter runs its kernels on CPU tensors: for tests, never chosen automatically.
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 

@@ -46,6 +46,8 @@ def check(
 
 
 def check_channels(op: str, name: str, t: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Raises RuntimeError where ``t``, the argument ``name``, does not hold one value an output
+    channel, in the dtype of statistics, on x's device."""
     if t.dim() != 1 or t.shape[0] != weight.shape[0]:
         raise RuntimeError(
             f"{op}: {name}: expected shape ({weight.shape[0]},), one value an output channel, "

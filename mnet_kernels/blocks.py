@@ -11,14 +11,13 @@ from mnet_kernels.nn import (
     DepthwiseConvBNAct,
     FusedConv2d,
     Fusion,
-    NamedActivation,
-    check_backend,
 )
-from mnet_kernels.one_pass import in_one_pass, why_apart
-from mnet_kernels.plan import Run, Stage
-from mnet_kernels.reference import ACTIVATIONS
+from mnet_kernels.nn.depthwise import check_layer
+from mnet_kernels.reference import Activation
 from mnet_kernels.registration import layout_of
-from mnet_kernels.sequences import Runner
+from mnet_kernels.runs.one_pass import in_one_pass, why_apart
+from mnet_kernels.runs.runner import Runner
+from mnet_kernels.runs.stages import Run, Stage
 
 _Pair = int | tuple[int, int]
 
@@ -71,17 +70,8 @@ class SeparableConv(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, given in (("dw_activation", dw_activation), ("pw_activation", pw_activation)):
-            if given not in ACTIVATIONS:
-                raise ValueError(
-                    f"SeparableConv: {name}: expected one of {', '.join(ACTIVATIONS)}, "
-                    f"got {given!r}"
-                )
-        if isinstance(padding, str) and padding != "same":
-            raise ValueError(
-                f'SeparableConv: padding: expected "same", int or (h, w), got {padding!r}'
-            )
-        check_backend("SeparableConv", backend)
+        activations = {"dw_activation": dw_activation, "pw_activation": pw_activation}
+        check_layer("SeparableConv", padding, backend, **activations)
         if residual and (in_channels != out_channels or stride not in (1, (1, 1))):
             raise ValueError(
                 "SeparableConv: residual: expected out_channels = in_channels and stride 1, got "
@@ -98,7 +88,7 @@ class SeparableConv(nn.Module):
         self.bn_pw = nn.BatchNorm2d(out_channels, eps, momentum, **place)
         fusion = Fusion(
             norm=self.bn_pw,
-            act=NamedActivation(pw_activation, slope),
+            act=Activation(pw_activation, slope),
             activation=pw_activation,
             slope=slope,
             backend=backend,

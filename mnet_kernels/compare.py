@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from mnet_kernels import data
-from mnet_kernels.data import InputError, Photograph, Subject
+from mnet_kernels.data import Photograph
+from mnet_kernels.inputs import InputError
 from mnet_kernels.report.words import error_text
+from mnet_kernels.subjects import Subject
 from mnet_kernels.swap import explain, sites, swap
 from mnet_kernels.timing import environment, interleave, ratio
 

@@ -145,8 +145,8 @@ def _backward(ctx, dy, dz, dmean, dvar):
 
 
 def _differentiable_gradients(dy, tensors, constants, wanted) -> list[Tensor | None]:
-    """Of x, weight, gamma and beta, where `wanted`, in plain PyTorch, which has derivatives of any
-    order."""
+    """The gradients of x, weight, gamma and beta, where `wanted`: in plain PyTorch, which has
+    derivatives of any order."""
     activation, slope, eps = constants
     x, weight, gamma, beta = tensors
     z = F.batch_norm(F.conv2d(x, weight), None, None, gamma, beta, True, 0.0, eps)

@@ -147,7 +147,8 @@ def _fake(x, weight, gamma, beta, stride, padding, dilation, activation, slope, 
 
 
 def _keeps_convolution(x: Tensor, stride: IntOrInts) -> bool:
-    """As csrc/cpu/dwconv_training.cpp."""
+    """Whether the CPU keeps the convolution for backward; csrc/cpu/dwconv_training.cpp says the
+    same, and why."""
     small = math.prod(pair(stride)) >= 4 and x.shape[2] * x.shape[3] > 1
     return small and x.dtype == torch.float32 and x.device.type == "cpu"
 

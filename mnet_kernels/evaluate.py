@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnet_kernels import checkpoint, data, datasets
-from mnet_kernels.batches import loader, read, shard
-from mnet_kernels.data import MEAN, STD, InputError, Subject
-from mnet_kernels.distributed import Group
+from mnet_kernels import subjects
+from mnet_kernels.data import MEAN, STD
+from mnet_kernels.inputs import InputError, require
+from mnet_kernels.subjects import Subject
 from mnet_kernels.swap import swap
 from mnet_kernels.timing import environment
+from mnet_kernels.training import checkpoint, datasets
+from mnet_kernels.training.batches import loader, read, shard
+from mnet_kernels.training.distributed import Group
 
 WAYS = NATIVE, SWAPPED = "native", "swapped"
 PREPROCESS = ("keras", "torchvision", "timm")
@@ -48,7 +51,7 @@ def candidate(name: str, weights: Path | None = None, preprocess: str | None = N
     """A model as ``compare`` names it, or a checkpoint of ``mnet-kernels train``.
 
     Args:
-        name: see :func:`mnet_kernels.data.subject`; or the path of a checkpoint.
+        name: see :func:`mnet_kernels.subjects.subject`; or the path of a checkpoint.
         preprocess: "keras" ([-1, 1]), "torchvision" (ImageNet's mean and deviation), or "timm"
             (what the model's own configuration says); None: as the model was trained.
 
@@ -59,7 +62,7 @@ def candidate(name: str, weights: Path | None = None, preprocess: str | None = N
     if not (path.is_file() or path.suffix == ".pt"):
         usual = "timm" if name.startswith("timm:") else "torchvision"
         usual = "keras" if name.partition(":")[0] == "mobilenet_v1" else usual
-        subject = data.subject(name, weights)
+        subject = subjects.subject(name, weights)
         if (preprocess or usual) == "timm" and not hasattr(subject.model, "pretrained_cfg"):
             raise InputError(f"preprocess timm: expected a model of timm, got {name}")
         return Candidate(subject, preprocess or usual)
@@ -92,8 +95,8 @@ def evaluate(
     """Evaluate on the validation half of a dataset.
 
     Args:
-        spec: see :func:`mnet_kernels.datasets.open_images`; of an ``imagefolder:PATH`` without a
-            folder ``val`` all is taken, unless ``chosen`` was trained on it.
+        spec: see :func:`mnet_kernels.training.datasets.open_images`; of an ``imagefolder:PATH``
+            without a folder ``val`` all is taken, unless ``chosen`` was trained on it.
         batch: pictures a process and step.
         backend: for :func:`mnet_kernels.swap`.
         group: the processes; each picture is looked at by one of them.
@@ -216,7 +219,7 @@ def _targets(spec: str, classes: tuple[str, ...], outputs: int) -> Tensor:
     if len(classes) == outputs:
         return torch.arange(outputs)
     if outputs == 1000 and all(_SYNSET.fullmatch(name) for name in classes):
-        synsets = data.require("timm.data", "timm").ImageNetInfo().label_names()
+        synsets = require("timm.data", "timm").ImageNetInfo().label_names()
         unknown = sorted(set(classes) - set(synsets))
         if not unknown:
             return torch.tensor([synsets.index(name) for name in classes])
@@ -230,7 +233,7 @@ def _targets(spec: str, classes: tuple[str, ...], outputs: int) -> Tensor:
 
 def _timm(subject: Subject) -> tuple[Any, _Norm]:
     """What the model's configuration says: geometry (to uint8), mean and deviation."""
-    library = data.require("timm.data", "timm")
+    library = require("timm.data", "timm")
     config = library.resolve_model_data_config(subject.model)
     config["input_size"] = (3, subject.size, subject.size)
     transform = library.create_transform(**config, is_training=False, normalize=False)

@@ -22,6 +22,8 @@ import torch
 
 @dataclass(frozen=True)
 class Gpu:
+    """What a GPU can do at best."""
+
     multiprocessors: int
     bytes_per_s: float  # of a large copy
     #: 16-bit multiply-adds per second, of our mma.sync kernels at their best; of TF32 half of it.
@@ -44,11 +46,12 @@ GPUS = {
 PER_TAP = 20 / 9
 
 
-def seconds(
+def separable_seconds(
     pixels: int, input_pixels: int, channels: int, outputs: int, element_bytes: int, gpu: Gpu,
     *, taps: int = 9, tf32: bool = False, copied: bool = False,
 ) -> tuple[float, float]:  # fmt: skip
-    """(one pass, two passes).
+    """What a depthwise convolution and the 1x1 convolution after it take, in seconds: (in one pass,
+    in two).
 
     Args:
         pixels: N*OH*OW; ``input_pixels`` N*H*W.
@@ -90,7 +93,7 @@ def conv_seconds(
 ) -> tuple[float, float]:  # fmt: skip
     """A dense convolution of ``taps`` taps, its affine and its activation: (in one kernel, a
     library's convolution with folded weights and the activation after it). Arguments as for
-    :func:`seconds`; ``channels`` are the input's.
+    :func:`separable_seconds`; ``channels`` are the input's.
     """
     products = pixels * channels * outputs * taps
     ours, library = _products(element_bytes, gpu, tf32)

@@ -116,7 +116,7 @@ def _in_eval_mode(model: nn.Module) -> None:
 
 
 def _addresses(model: nn.Module) -> list[int]:
-    """Of all that a graph of the model reads."""
+    """Where everything lies that a graph of the model reads."""
     read = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
     for module in model.modules():
         if isinstance(module, FusedConv2d):

@@ -33,7 +33,7 @@ def mobilenet_v1(alpha: float, size: int) -> dict[str, Any] | None:
 
 
 def torchvision(name: str) -> dict[str, Any] | None:
-    """The same of a torchvision model's first ImageNet weights, as torchvision states it."""
+    """The accuracy of a torchvision model's first ImageNet weights, as torchvision states it."""
     import torchvision as library
 
     weights = library.models.get_model_weights(name)["IMAGENET1K_V1"]

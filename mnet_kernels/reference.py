@@ -7,21 +7,37 @@ The fused kernels are tested against these functions in float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-#: The activations every backend knows, by the name the operators take. ``slope`` is used by
-#: leaky_relu only. csrc/activation.h lists the same names in the same order.
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "identity": lambda z, slope: z,
-    "relu": lambda z, slope: F.relu(z),
-    "relu6": lambda z, slope: F.relu6(z),
-    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope),
-    "hardswish": lambda z, slope: F.hardswish(z),
-    "silu": lambda z, slope: F.silu(z),
-    "hardsigmoid": lambda z, slope: F.hardsigmoid(z),
+#: The activations every backend knows, by the name the operators take: functions of a tensor and
+#: leaky_relu's slope, which may write over the tensor where they are told so. csrc/activation.h
+#: lists the same names in the same order.
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "identity": lambda z, slope, inplace=False: z,
+    "relu": lambda z, slope, inplace=False: F.relu(z, inplace),
+    "relu6": lambda z, slope, inplace=False: F.relu6(z, inplace),
+    "leaky_relu": lambda z, slope, inplace=False: F.leaky_relu(z, slope, inplace),
+    "hardswish": lambda z, slope, inplace=False: F.hardswish(z, inplace),
+    "silu": lambda z, slope, inplace=False: F.silu(z, inplace),
+    "hardsigmoid": lambda z, slope, inplace=False: F.hardsigmoid(z, inplace),
 }
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One of ACTIVATIONS as a function of one tensor, which can be compared and pickled."""
+
+    name: str
+    slope: float = 0.01
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return ACTIVATIONS[self.name](z, self.slope)
+
+
+IDENTITY = Activation("identity")
 
 
 def same_padding(

@@ -11,10 +11,14 @@ from mnet_kernels import reference
 
 IntOrInts = int | Sequence[int]
 
-_library = torch.library.Library("mnet_kernels", "FRAGMENT")
+library = torch.library.Library("mnet_kernels", "FRAGMENT")
+
+#: Of separable_conv's arguments: how many tensors come first, and which are images and weights.
+SEPARABLE_TENSORS, SEPARABLE_IMAGES_AND_WEIGHTS = 8, (0, 1, 4, 7)
 
 
 def pair(value: IntOrInts) -> tuple[int, int]:
+    """(h, w) of a stride or dilation as the operators take it."""
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
@@ -48,6 +52,7 @@ def output_size(x, weight, stride, pad, dilation) -> list[int]:
 
 
 def same_device(op: str, x: Tensor, **others: Tensor | None) -> None:
+    """Raises RuntimeError, naming the argument, where one is not on x's device."""
     for name, t in others.items():
         if t is not None and t.device != x.device:
             raise RuntimeError(f"{op}: {name}: expected x's device {x.device}, got {t.device}")
@@ -71,16 +76,16 @@ def laid_out_as(gradient: Tensor, t: Tensor) -> Tensor:
 
 
 def gradients_through(y: Tensor, dy: Tensor, tensors, wanted, again: bool) -> list[Tensor | None]:
-    """Of those `tensors` that are `wanted`, dy through the graph of y; again: what comes out can be
-    differentiated again."""
+    """The gradients of those `tensors` that are `wanted`, None for the others: dy, taken back
+    through the graph of y. again: they can be differentiated again."""
     inputs = [t for t, w in zip(tensors, wanted, strict=True) if w]
     gradients = iter(torch.autograd.grad(y, inputs, dy, create_graph=again))
     return [next(gradients) if w else None for w in wanted]
 
 
 def training_gradients(dy: Tensor, tensors, constants, wanted) -> list[Tensor | None]:
-    """dwconv_bn_act_training's of x, weight, gamma and beta, where `wanted`, in plain PyTorch,
-    which has derivatives of any order."""
+    """The gradients of dwconv_bn_act_training's x, weight, gamma and beta, where `wanted`: in plain
+    PyTorch, which has derivatives of any order."""
     stride, padding, dilation, activation, slope, eps = constants
     stride, dilation = pair(stride), pair(dilation)
     padding = explicit_padding(tensors[0], tensors[1], stride, padding, dilation)
@@ -91,40 +96,59 @@ def training_gradients(dy: Tensor, tensors, constants, wanted) -> list[Tensor | 
     return gradients_through(y, dy, tensors, wanted, True)
 
 
-def register_autocast(name: str, operator: Callable, device_type: str) -> None:
-    """x and weight are cast as native convolution's are; scale and shift stay float32."""
+def gradients_of(function: Callable[..., Tensor], ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """A backward: of the tensors that ctx saved, the gradients of ``function`` of them, which is
+    computed again. None for the constants that come after them."""
+    again = torch.is_grad_enabled()  # gradients of gradients are asked for
+    tensors = ctx.saved_tensors  # asked for once: gradient checkpointing gives them once
+    wanted = ctx.needs_input_grad[: len(tensors)]
+    if not again:
+        tensors = [
+            t if t is None else t.detach().requires_grad_(w)
+            for t, w in zip(tensors, wanted, strict=True)
+        ]
+    with torch.enable_grad():
+        y = function(*tensors)
+    return *gradients_through(y, dy, tensors, wanted, again), *[None] * len(ctx.constants)
 
-    def autocast(x, weight, *rest):
-        dtype = torch.get_autocast_dtype(device_type)
 
-        def cast(t: Tensor) -> Tensor:
-            return t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
+def register_autocast(
+    name: str, operator: Callable, device_type: str, cast: Sequence[int] = (0, 1)
+) -> None:
+    """The arguments at the positions ``cast``, images and weights, are cast as native convolution's
+    are; scale and shift stay float32."""
 
+    def autocast(*given):
+        dtype, args = torch.get_autocast_dtype(device_type), list(given)
+        for i in cast:
+            t = args[i]
+            if t is not None and t.is_floating_point() and t.dtype != torch.float64:
+                args[i] = t.to(dtype)
         with torch.autocast(device_type, enabled=False):
-            return operator(cast(x), cast(weight), *rest)
+            return operator(*args)
 
-    _library.impl(name, autocast, f"Autocast{device_type.upper()}")
+    library.impl(name, autocast, f"Autocast{device_type.upper()}")
+
+
+def call_by_call(operator: Callable, info, in_dims, args) -> tuple[Tensor, int]:
+    """A vmap: one call after the other."""
+    rows = [
+        operator(
+            *(a.select(d, i) if type(d) is int else a for a, d in zip(args, in_dims, strict=True))
+        )
+        for i in range(info.batch_size)
+    ]
+    return torch.stack(rows), 0
 
 
 def register_vmap(name: str, operator: Callable) -> None:
     """Where only x is batched: more images. Otherwise call by call."""
 
-    def vmap(info, in_dims, x, weight, scale, shift, *constants):
-        tensors = (x, weight, scale, shift)
-        if in_dims[1] is None and in_dims[2] is None and in_dims[3] is None:
-            stacked = x.movedim(in_dims[0], 0)
-            y = operator(stacked.flatten(0, 1), weight, scale, shift, *constants)
-            return y.unflatten(0, stacked.shape[:2]), 0
-        rows = [
-            operator(
-                *(
-                    t if d is None else t.select(d, i)
-                    for t, d in zip(tensors, in_dims, strict=False)
-                ),
-                *constants,
-            )
-            for i in range(info.batch_size)
-        ]
-        return torch.stack(rows), 0
+    def vmap(info, in_dims, x, *others):
+        if in_dims[1:4] != (None, None, None):  # weight, scale, shift
+            return call_by_call(operator, info, in_dims, (x, *others))
+        stacked = x.movedim(in_dims[0], 0)
+        y = operator(stacked.flatten(0, 1), *others)
+        return y.unflatten(0, stacked.shape[:2]), 0
 
     torch.library.register_vmap(f"mnet_kernels::{name}", vmap)

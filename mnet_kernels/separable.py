@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mnet_kernels import backends, ops, reference, registration
 from mnet_kernels.registration import (
+    SEPARABLE_IMAGES_AND_WEIGHTS,
+    SEPARABLE_TENSORS,
     IntOrInts,
     explicit_padding,
-    gradients_through,
     may_use_tf32,
     output_size,
     pair,
@@ -24,7 +25,6 @@ from mnet_kernels.registration import (
 )
 
 _OP = "separable_conv"
-_TENSORS = 8  # the operator's first arguments; stride, padding, dilation come next
 _check = torch.ops.mnet_kernels.check_separable_conv.default
 _separable_conv = torch.ops.mnet_kernels.separable_conv.default
 
@@ -129,11 +129,11 @@ def _operator(chosen: str) -> Callable[..., Tensor]:
 
 def _native(*args: Any) -> Tensor:
     tensors, (stride, _, dilation, dw_activation, pw_activation, slope) = (
-        args[: _TENSORS - 1], args[_TENSORS:],
+        args[: SEPARABLE_TENSORS - 1], args[SEPARABLE_TENSORS:],
     )  # fmt: skip
     _, _, *padding = _check(*args)
     return reference.separable_conv(
-        *tensors, residual=args[_TENSORS - 1], stride=pair(stride), padding=padding,
+        *tensors, residual=args[SEPARABLE_TENSORS - 1], stride=pair(stride), padding=padding,
         dilation=pair(dilation), dw_activation=dw_activation, pw_activation=pw_activation,
         slope=slope,
     )  # fmt: skip
@@ -178,22 +178,14 @@ def _check_fake(
 
 # ---- autograd: frozen statistics, everything in between is computed anew ----
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:_TENSORS])
-    ctx.constants = inputs[_TENSORS:]
+    ctx.save_for_backward(*inputs[:SEPARABLE_TENSORS])
+    ctx.constants = inputs[SEPARABLE_TENSORS:]
 
 
 def _backward(ctx, dy):
-    needed = ctx.needs_input_grad[:_TENSORS]
-    again = torch.is_grad_enabled()  # gradients of gradients are asked for
-    tensors = ctx.saved_tensors
-    if not again:
-        tensors = [
-            t if t is None else t.detach().requires_grad_(n)
-            for t, n in zip(tensors, needed, strict=True)
-        ]
-    with torch.enable_grad():
-        y = _composed(None, *tensors, *ctx.constants)
-    return *gradients_through(y, dy, tensors, needed, again), *[None] * len(ctx.constants)
+    return registration.gradients_of(
+        lambda *tensors: _composed(None, *tensors, *ctx.constants), ctx, dy
+    )
 
 
 torch.library.register_autograd(
@@ -202,22 +194,8 @@ torch.library.register_autograd(
 
 
 # ---- autocast, vmap ----
-def _register_autocast(device_type: str) -> None:
-    def autocast(*args: Any) -> Tensor:
-        """Images and weights are cast as native convolutions cast them; scales stay float32."""
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = [
-            a.to(dtype) if i in (0, 1, 4, 7) and a is not None and a.dtype != torch.float64 else a
-            for i, a in enumerate(args)
-        ]
-        with torch.autocast(device_type, enabled=False):
-            return _separable_conv(*cast)
-
-    registration._library.impl(_OP, autocast, f"Autocast{device_type.upper()}")
-
-
-_register_autocast("cpu")
-_register_autocast("cuda")
+for _device in ("cpu", "cuda"):
+    registration.register_autocast(_OP, _separable_conv, _device, SEPARABLE_IMAGES_AND_WEIGHTS)
 
 
 @torch.library.register_vmap("mnet_kernels::separable_conv")
@@ -237,10 +215,4 @@ def _vmap(info, in_dims, *args):
             )
         )
         return y.unflatten(0, (info.batch_size, -1)), 0
-    rows = [
-        _separable_conv(
-            *(a.select(d, i) if type(d) is int else a for a, d in zip(args, in_dims, strict=True))
-        )
-        for i in range(info.batch_size)
-    ]
-    return torch.stack(rows), 0
+    return registration.call_by_call(_separable_conv, info, in_dims, args)

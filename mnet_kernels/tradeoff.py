@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from mnet_kernels import compare as comparing
-from mnet_kernels import data, evaluate, models, published
+from mnet_kernels import data, evaluate, models, published, subjects
 from mnet_kernels.compare import NATIVE, SWAPPED, Notify
-from mnet_kernels.data import InputError, Subject
+from mnet_kernels.inputs import InputError, require
 from mnet_kernels.report import tables
+from mnet_kernels.subjects import Subject
 from mnet_kernels.swap import swap
 from mnet_kernels.timing import environment
 
@@ -53,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Network:
-    """One row's network. ``spec`` is what :func:`mnet_kernels.data.subject` understands."""
+    """One row's network. ``spec`` is what :func:`mnet_kernels.subjects.subject` understands."""
 
     spec: str
     label: str
@@ -64,20 +65,20 @@ class _Network:
         """Without weights, in eval mode."""
         if self.alpha is not None:
             return models.mobilenet_v1(self.alpha).eval()
-        library = data.require("torchvision.models")
+        library = require("torchvision.models")
         # The two classifiers that help to train GoogLeNet are no part of it afterwards.
         options = {"aux_logits": False} if self.spec == "googlenet" else {}
         return library.get_model(self.spec, weights=None, init_weights=False, **options).eval()
 
     def subject(self) -> Subject:
         if self.alpha is not None:
-            return data.subject(self.spec)
+            return subjects.subject(self.spec)
         torch.manual_seed(0)
         model = self.build()
         for module in model.modules():
             if isinstance(module, nn.Conv2d):  # VGG16 has no BatchNorm to keep it alive
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        data.randomise_batchnorm(model, data.synthetic_images(4, self.size))
+        subjects.randomise_batchnorm(model, data.synthetic_images(4, self.size))
         return Subject(self.spec, model, self.size, "random, seed 0", trained=False)
 
     def published(self) -> dict[str, Any] | None:

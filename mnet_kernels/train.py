@@ -25,8 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mnet_kernels import backends, checkpoint, datasets, report
-from mnet_kernels.batches import (
+from mnet_kernels import backends, report
+from mnet_kernels.inputs import InputError
+from mnet_kernels.models import mobilenet_v1
+from mnet_kernels.report import curve
+from mnet_kernels.swap import swap
+from mnet_kernels.timing import environment
+from mnet_kernels.training import checkpoint, datasets
+from mnet_kernels.training.batches import (
     AUGMENTATION,
     DROPOUT,
     Shuffled,
@@ -36,14 +42,18 @@ from mnet_kernels.batches import (
     read,
     shard,
 )
-from mnet_kernels.data import InputError
-from mnet_kernels.datasets import Images
-from mnet_kernels.distributed import Group, lost_process
-from mnet_kernels.models import mobilenet_v1
-from mnet_kernels.recipe import DECISIVE, LAYOUTS, PRECISIONS, Recipe, augment, nadam, scale, step
-from mnet_kernels.report import curve
-from mnet_kernels.swap import swap
-from mnet_kernels.timing import environment
+from mnet_kernels.training.datasets import Images
+from mnet_kernels.training.distributed import Group, lost_process
+from mnet_kernels.training.recipe import (
+    DECISIVE,
+    LAYOUTS,
+    PRECISIONS,
+    Recipe,
+    augment,
+    nadam,
+    scale,
+    step,
+)
 
 #: On a GPU the losses are read this often only: reading waits for the device.
 READ_EVERY = 20
@@ -93,7 +103,7 @@ def train(
     Args:
         output: a folder; made where it is missing. Without ``resume`` it must hold no run.
         resume: go on from ``output``'s checkpoint.pt. The settings in ``DECISIVE`` must be its.
-        group: the processes, see :func:`mnet_kernels.distributed.group`; None: this one.
+        group: the processes, see :func:`mnet_kernels.training.distributed.group`; None: this one.
         on_step, on_epoch: told how it goes.
 
     Returns:

@@ -103,8 +103,8 @@ def test_a_cold_row_rotates_through_more_than_the_last_level_cache(case, monkeyp
 def test_folding_a_network_leaves_its_answers(name):
     import torchvision
 
-    from mnet_kernels.data import randomise_batchnorm
     from mnet_kernels.models import mobilenet_v1
+    from mnet_kernels.subjects import randomise_batchnorm
 
     model = mobilenet_v1(0.25) if name == "mobilenet_v1" else getattr(torchvision.models, name)()
     x = torch.randn(2, 3, 64, 64)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import mnet_kernels
-from mnet_kernels import cli, data
+from mnet_kernels import cli, data, subjects
 from mnet_kernels import compare as comparing
+from mnet_kernels.inputs import packaged_file
 from mnet_kernels.swap import sites, swap
 
 TINY = "mobilenet_v1:alpha=0.25,size=32,classes=10"
@@ -94,7 +95,7 @@ def files(tmp_path):
     """Places for {tmp}, {text} (no image, no weights) and {cut} (half a photograph)."""
     text, cut = tmp_path / "text", tmp_path / "cut.jpg"
     text.write_bytes(b"hello")
-    china = data.packaged_file("scikit-learn", "sklearn/datasets/images/china.jpg")
+    china = packaged_file("scikit-learn", "sklearn/datasets/images/china.jpg")
     cut.write_bytes(china.read_bytes()[:20_000])
     return {"tmp": tmp_path, "text": text, "cut": cut}
 
@@ -278,7 +279,7 @@ def test_compare_exits_1_and_names_the_row_where_answers_differ(capsys, monkeypa
 
 
 def test_compare_looks_at_the_users_photograph(capsys, files):
-    china = data.packaged_file("scikit-learn", "sklearn/datasets/images/china.jpg")
+    china = packaged_file("scikit-learn", "sklearn/datasets/images/china.jpg")
     assert cli.main(["compare", TINY, "--image", str(china), "--rounds", "1"]) == 0
     assert "1/1" in capsys.readouterr().out
 
@@ -288,10 +289,10 @@ def test_demo_goes_on_with_v1_without_the_weights(capsys, monkeypatch, tmp_path,
     if found is not None:
         (tmp_path / found).write_bytes(b"cut off")
     path = tmp_path / found if found else None
-    monkeypatch.setattr(data, "find_mobilenet_v2_weights", lambda: path)
-    subject = data.subject
+    monkeypatch.setattr(subjects, "find_mobilenet_v2_weights", lambda: path)
+    subject = subjects.subject
     monkeypatch.setattr(
-        data,
+        subjects,
         "subject",
         lambda spec, *rest: subject(TINY if spec == "mobilenet_v1" else spec, *rest),
     )

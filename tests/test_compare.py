@@ -11,9 +11,11 @@ from report_samples import Page
 from torch import nn
 
 from mnet_kernels import compare as comparing
-from mnet_kernels import data, report
+from mnet_kernels import data, report, subjects
 from mnet_kernels.compare import Settings, compare, failures, tolerance
-from mnet_kernels.data import InputError, Photograph, Subject, subject
+from mnet_kernels.data import Photograph
+from mnet_kernels.inputs import InputError
+from mnet_kernels.subjects import Subject, subject
 from mnet_kernels.swap import sites, swap
 
 TINY = "mobilenet_v1:alpha=0.25,size=32,classes=10"
@@ -175,8 +177,8 @@ def test_every_photograph_is_seen_whatever_the_batch(tiny):
 
 
 def test_the_trained_network_sees_a_cat_and_an_espresso():
-    if data.find_mobilenet_v2_weights() is None:
-        pytest.skip(f"{data.MOBILENET_V2_FILE} is not here")
+    if subjects.find_mobilenet_v2_weights() is None:
+        pytest.skip(f"{subjects.MOBILENET_V2_FILE} is not here")
     photographs = [p for p in data.demo_photographs() if p.name in ("chelsea", "coffee")]
     row = compare([subject("mobilenet_v2")], QUICK, photographs)["rows"][0]
     for way in ("native", "swapped"):
@@ -191,7 +193,7 @@ def test_broken_weights_name_file_expected_and_actual(tmp_path, name, content):
     path.write_bytes(content)
     expected = "a sha256 that begins with b0353104, got" if "b0353104" in name else "a PyTorch"
     with pytest.raises(InputError) as error:
-        data.read_weights(path)
+        subjects.read_weights(path)
     assert str(error.value).startswith(f"weights {path}: expected {expected}")
     assert f"a file of {len(content)} bytes" in str(error.value)
 
@@ -199,10 +201,10 @@ def test_broken_weights_name_file_expected_and_actual(tmp_path, name, content):
 def test_truncated_weights_are_refused(tmp_path, tiny):
     path = tmp_path / "weights.pth"
     torch.save(tiny.model.state_dict(), path)
-    data.load_weights(tiny.model, path, TINY)
+    subjects.load_weights(tiny.model, path, TINY)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(InputError, match="expected a PyTorch state dict, got a file of"):
-        data.load_weights(tiny.model, path, TINY)
+        subjects.load_weights(tiny.model, path, TINY)
 
 
 def test_weights_of_another_model_name_the_first_difference(tmp_path, tiny):
@@ -211,7 +213,7 @@ def test_weights_of_another_model_name_the_first_difference(tmp_path, tiny):
     with pytest.raises(
         InputError, match=r"whose conv1.weight is \(8, 3, 3, 3\); the file has \(1,\)"
     ):
-        data.load_weights(tiny.model, path, TINY)
+        subjects.load_weights(tiny.model, path, TINY)
 
 
 # ---- the report ----

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mnet_kernels import batches, datasets
-from mnet_kernels.data import InputError
-from mnet_kernels.datasets import open_images
+from mnet_kernels.inputs import InputError
+from mnet_kernels.training import batches, datasets
+from mnet_kernels.training.datasets import open_images
 
 
 def stacked(half):

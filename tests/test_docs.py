@@ -35,6 +35,15 @@ def test_python_runs(page, tmp_path, monkeypatch):
         assert scope["y"].shape == (1, 32, 28, 28)
 
 
+def test_the_activation_stands_in_the_tree_as_the_page_shows_it():
+    page = ROOT / "docs" / "new-activation.md"
+    files = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "mnet_kernels").rglob("*.py")]
+    tree = {line.strip() for path in files for line in path.read_text().splitlines()}
+    shown = [line.strip() for kind in ("python", "cpp") for text in blocks(page, kind)
+             for line in text.splitlines()]  # fmt: skip
+    assert shown and not [line for line in shown if line not in tree]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_commands_and_options_exist(page):
     for block in blocks(page, ""):

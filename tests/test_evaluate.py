@@ -12,10 +12,11 @@ import archives
 import pytest
 import torch
 
-from mnet_kernels import checkpoint, cli, data, datasets, evaluate, recipe, train
-from mnet_kernels.data import InputError
+from mnet_kernels import cli, data, evaluate, subjects, train
 from mnet_kernels.evaluate import candidate
-from mnet_kernels.recipe import Recipe
+from mnet_kernels.inputs import InputError
+from mnet_kernels.training import checkpoint, datasets, recipe
+from mnet_kernels.training.recipe import Recipe
 
 pytest.importorskip("torchvision")
 # Keras' own.
@@ -74,7 +75,7 @@ def both(result):
 def test_counts_are_those_of_a_plain_loop(pictures, batch):
     result = evaluate.evaluate(candidate(SMALL), pictures, batch=batch)
     x, y = read(pictures, datasets.fit(64))
-    expected = by_hand(data.subject(SMALL).model, recipe.scale(x), y)
+    expected = by_hand(subjects.subject(SMALL).model, recipe.scale(x), y)
     assert 0 < expected[0] < expected[1] < 1, "figures that tell something"
     assert both(result) == (expected, expected)
     assert (result["images"], result["same_top1"]) == (35, 35)
@@ -113,7 +114,7 @@ def test_torchvisions_preprocessing(pictures):
     from torchvision.transforms._presets import ImageClassification
 
     x, y = read(pictures, ImageClassification(crop_size=224))
-    assert both(result)[0] == by_hand(data.subject(spec).model, x, y)
+    assert both(result)[0] == by_hand(subjects.subject(spec).model, x, y)
 
 
 def test_timms_preprocessing(pictures):
@@ -122,7 +123,7 @@ def test_timms_preprocessing(pictures):
     chosen = candidate(spec)
     result = evaluate.evaluate(chosen, pictures)
     assert result["preprocess"] == "timm"
-    model = data.subject(spec).model
+    model = subjects.subject(spec).model
     config = timm.data.resolve_model_data_config(model) | {"input_size": (3, 128, 128)}
     x, y = read(pictures, timm.data.create_transform(**config))
     assert both(result)[0] == by_hand(model, x, y)
@@ -149,7 +150,7 @@ def test_each_preprocessing_makes_other_numbers(pictures):
 
 def test_real_weights_know_real_photographs(tmp_path):
     """Chelsea is an Egyptian cat, coffee an espresso: folders named by WordNet number."""
-    if data.find_mobilenet_v2_weights() is None:
+    if subjects.find_mobilenet_v2_weights() is None:
         pytest.skip("torchvision's weights for MobileNetV2 are not here")
     pytest.importorskip("timm", reason="it knows ImageNet's WordNet numbers")
     photographs = {p.name: p.image for p in data.demo_photographs()}
@@ -157,7 +158,7 @@ def test_real_weights_know_real_photographs(tmp_path):
         (tmp_path / synset).mkdir()
         photographs[name].save(tmp_path / synset / "0.png")
     result = evaluate.evaluate(candidate("mobilenet_v2"), f"imagefolder:{tmp_path}")
-    assert result["weights"] == data.MOBILENET_V2_FILE
+    assert result["weights"] == subjects.MOBILENET_V2_FILE
     assert both(result) == ((1.0, 1.0), (1.0, 1.0))
 
 
@@ -177,7 +178,7 @@ def test_weights_of_timm_and_inside_other_programs_checkpoints(tmp_path, picture
     pytest.importorskip("timm")
     safetensors = pytest.importorskip("safetensors.torch")
     spec = "timm:mobilenetv3_small_050:classes=12,size=64"
-    state = data.subject(spec, seed=3).model.state_dict()
+    state = subjects.subject(spec, seed=3).model.state_dict()
     safetensors.save_file(state, tmp_path / "model.safetensors")
     torch.save({"state_dict": state, "epoch": 7}, tmp_path / "checkpoint.pth")
     (tmp_path / "cut.safetensors").write_bytes(b"hello")
@@ -221,7 +222,7 @@ def test_our_checkpoint_as_weights(trained):
 
 PROCESS = """
 import json, sys, torch
-from mnet_kernels.distributed import group
+from mnet_kernels.training.distributed import group
 from mnet_kernels.evaluate import candidate, evaluate
 torch.set_num_threads(1)
 with group("cpu") as ranks:

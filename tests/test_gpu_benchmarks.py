@@ -312,7 +312,7 @@ def block_of(kind: str, channels: int):
     import gpu_conv
     import gpu_separable
 
-    from mnet_kernels.data import randomise_batchnorm
+    from mnet_kernels.subjects import randomise_batchnorm
 
     shape = {
         "block": (channels, 12, 12, 3, 1, 24, 1), "conv": (channels, 12, 12, 1, 1, 24, 1),

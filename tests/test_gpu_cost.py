@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mnet_kernels.gpu_cost import GPUS, seconds
+from mnet_kernels.gpu_cost import GPUS, separable_seconds
 
 #: channels, height and width, stride, outputs: MobileNet V1's blocks.
 BLOCKS = [
@@ -19,7 +19,7 @@ def arguments(block: tuple[int, ...], batch: int) -> tuple[int, int, int, int]:
 
 
 def pays(block: tuple[int, ...], batch: int, element_bytes: int, capability: int, **more) -> bool:
-    one, two = seconds(*arguments(block, batch), element_bytes, GPUS[capability], **more)
+    one, two = separable_seconds(*arguments(block, batch), element_bytes, GPUS[capability], **more)
     return one <= two
 
 
@@ -45,11 +45,14 @@ def test_tf32_makes_both_faster_and_more_taps_the_depthwise_half_slower():
     assert pays(wide, 256, 4, 9) and not pays(wide, 256, 4, 9, tf32=True)
     for block in BLOCKS:
         plain, fast = (
-            seconds(*arguments(block, 256), 4, GPUS[9], tf32=tf32) for tf32 in (False, True)
+            separable_seconds(*arguments(block, 256), 4, GPUS[9], tf32=tf32)
+            for tf32 in (False, True)
         )
         assert fast[0] <= plain[0] and fast[1] <= plain[1]
     assert all(pays(block, 256, 4, 9, tf32=True) for block in BLOCKS[:4])
-    few, many = (seconds(*arguments(BLOCKS[0], 256), 4, GPUS[9], taps=n)[0] for n in (9, 49))
+    few, many = (
+        separable_seconds(*arguments(BLOCKS[0], 256), 4, GPUS[9], taps=n)[0] for n in (9, 49)
+    )
     assert many > 2 * few
 
 
@@ -59,7 +62,7 @@ def test_no_pass_is_faster_than_its_bytes_and_its_start(element_bytes):
         for block in BLOCKS:
             for batch in (1, 32, 256):
                 pixels, inputs, channels, outputs = arguments(block, batch)
-                one, two = seconds(pixels, inputs, channels, outputs, element_bytes, gpu)
+                one, two = separable_seconds(pixels, inputs, channels, outputs, element_bytes, gpu)
                 nbytes = element_bytes * (inputs * channels + pixels * outputs)
                 assert one >= max(nbytes / gpu.bytes_per_s, gpu.launch_s)
                 assert two >= max(nbytes / gpu.bytes_per_s, 2 * gpu.launch_s)

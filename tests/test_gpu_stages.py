@@ -260,9 +260,10 @@ def on_the_cpu(gpu, monkeypatch):
     import gpu_timing
     import gpu_triton
 
-    from mnet_kernels import backends, one_pass
+    from mnet_kernels import backends
     from mnet_kernels.models import mobilenet_v1
     from mnet_kernels.nn import server
+    from mnet_kernels.runs import stage_by_stage
     from mnet_kernels.triton import launch
 
     if launch.TRITON_INTERPRETED:
@@ -284,7 +285,7 @@ def on_the_cpu(gpu, monkeypatch):
         gpu_triton, "networks", lambda: {"v1": lambda: mobilenet_v1(alpha=0.25, num_classes=10)}
     )
     monkeypatch.setattr(backends, "why_not", lambda *_, **__: None)
-    monkeypatch.setattr(one_pass, "TRITON_INTERPRETED", True)
+    monkeypatch.setattr(stage_by_stage, "TRITON_INTERPRETED", True)
     assert gpu_networks.SIZE == 224
     yield gpu_triton, compiled
     for cache in caches:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from test_sequences import Net, image, one_by_one, randomize
 
-from mnet_kernels import SeparableConv, one_pass
+from mnet_kernels import SeparableConv
 from mnet_kernels.nn import FusedConv2d
-from mnet_kernels.pairs import pairs, runners
-from mnet_kernels.sequences import KIND
+from mnet_kernels.runs import one_pass
+from mnet_kernels.runs.pairs import pairs, runners
+from mnet_kernels.runs.runner import KIND
 from mnet_kernels.swap import explain, swap
 
 plan = torch.ops.mnet_kernels.conv_sequence_plan.default

@@ -14,9 +14,9 @@ from torch import nn
 from torchvision.models import mobilenet_v2
 
 from mnet_kernels import models
-from mnet_kernels.decisions import record_of
-from mnet_kernels.sequences import Sequenced, Whole
+from mnet_kernels.runs.forwards import Sequenced, Whole
 from mnet_kernels.swap import swap
+from mnet_kernels.swap.exchange import record_of
 
 conv_sequence = torch.ops.mnet_kernels.conv_sequence.default
 
@@ -41,7 +41,7 @@ def calls(monkeypatch):
             made.append(args)
             return conv_sequence(*args)
 
-    monkeypatch.setattr("mnet_kernels.sequences._conv_sequence", Counting())
+    monkeypatch.setattr("mnet_kernels.runs.runner._conv_sequence", Counting())
     return made
 
 

@@ -10,8 +10,8 @@ from networks import image, randomize
 from test_sequences import Inverted, Tail, both_dtypes, one_by_one, unit
 from torch import nn
 
-from mnet_kernels.pairs import runners
-from mnet_kernels.sequences import OTHER
+from mnet_kernels.runs.pairs import runners
+from mnet_kernels.runs.runner import OTHER
 from mnet_kernels.swap import swap
 
 plan = torch.ops.mnet_kernels.conv_sequence_plan.default

@@ -17,9 +17,9 @@ from networks import (
 )
 from torch import nn
 
-from mnet_kernels import backends, decisions, ops
+from mnet_kernels import backends, ops
 from mnet_kernels.nn.server import _found
-from mnet_kernels.swap import explain, swap
+from mnet_kernels.swap import decisions, explain, swap
 
 # --- layout ---------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 
 from mnet_kernels import cli, models, published, report
 from mnet_kernels import tradeoff as trading
-from mnet_kernels.data import InputError
+from mnet_kernels.inputs import InputError
 from mnet_kernels.report import curve
 from mnet_kernels.tradeoff import Settings
 

@@ -12,9 +12,9 @@ import torch
 from test_sequences import image, randomize, unit
 from torch import nn
 
-from mnet_kernels import backends, decisions, ops
+from mnet_kernels import backends, ops
 from mnet_kernels.nn import FusedConv2d, dense
-from mnet_kernels.swap import explain, swap
+from mnet_kernels.swap import decisions, explain, swap
 
 pytestmark = pytest.mark.skipif(rulers.BACKEND is None, reason="runs in Triton's interpreter")
 

@@ -324,7 +324,7 @@ def test_another_batch_tunes_nothing(monkeypatch):
 
     def call(batch, size):
         p = problem((batch, 8, size, size), channels_last=True, padding=1)
-        sizes = arguments.Call(p.x, p.weight, p.x, 1, (1, 1), 1)
+        sizes = arguments.Depthwise(p.x, p.weight, p.x, 1, (1, 1), 1)
         _forward.run(
             *p.tensors, None, p.x, *sizes.sizes, 0.01, grid=(1,), ACTIVATION="relu",
             UNROLL=sizes.unrolled, **sizes.constants,

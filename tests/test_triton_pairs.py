@@ -13,7 +13,8 @@ from test_pairs import ways
 from test_sequences import Net, image, one_by_one, randomize, unit
 from torch import nn
 
-from mnet_kernels import SeparableConv, models, one_pass, pairs
+from mnet_kernels import SeparableConv, models
+from mnet_kernels.runs import one_pass, pairs, stage_by_stage
 from mnet_kernels.swap import explain, swap
 from mnet_kernels.timing import Spread
 
@@ -116,7 +117,7 @@ def test_gradients_of_direct_children_too(calls):
 
 
 def test_a_separable_conv_asks_no_cost_model(monkeypatch, calls):
-    monkeypatch.setattr(one_pass, "seconds", lambda *args, **kwargs: (2.0, 1.0))
+    monkeypatch.setattr(stage_by_stage, "separable_seconds", lambda *args, **kwargs: (2.0, 1.0))
     block = randomize(SeparableConv(6, 8, backend="triton")).eval()
     with torch.no_grad():
         block(image(1, 6, 6, 6))

@@ -23,8 +23,6 @@
 namespace mnet::cpu {
 namespace {
 
-constexpr int64_t kLine = 64;
-
 // One run through a schedule's stages: `images` images from x to y; `memory` holds that many times
 // schedule.image bytes.
 class Run {
@@ -141,7 +139,7 @@ class Segments {
       const int64_t input = p.C * p.H * p.W * size_of(p.dtype);
       input_.push_back(input);
       const int64_t bytes = schedules_.back().image + (segment.begin > 0 ? input : 0);
-      bytes_.push_back((bytes * segment.images + kLine - 1) / kLine * kLine);
+      bytes_.push_back(whole_lines(bytes * segment.images));
     }
     const Problem& p = sequence.stages.back().p;
     input_.push_back(p.K * p.OH * p.OW * size_of(p.dtype));

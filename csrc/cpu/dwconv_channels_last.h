@@ -3,7 +3,8 @@
 // A tile of T output pixels of a row is accumulated in registers for one vector of channels, then
 // for the next vector, so memory is walked along its innermost dimension in (T-1)*S+K input streams
 // of pixels. An input pixel is loaded once a tile and used by every output pixel it reaches.
-// Included once per instruction set (see instruction_set.inc).
+// Included once per instruction set (see instruction_set.inc). load, store and Vector are vec.h's,
+// Clamp and activate vec_activation.h's, DwRows and is_fast dwconv_3x3_channels_last.h's.
 
 // Registers must hold the accumulators and one row of input pixels.
 template <int S>
@@ -15,6 +16,8 @@ struct TileWindow {
   int column_begin, column_end;  // likewise columns
 };
 
+// T output pixels, channels [c_begin, c_end). x: the tile's first input pixel, which may lie
+// outside of the image; Interior: the window is whole, nothing has to be left out.
 template <typename Elem, int K, int S, int T, bool Interior>
 MNET_INLINE void dw_tile(const DwconvCall& call, const Elem* x, Elem* y, TileWindow window,
                          int64_t c_begin, int64_t c_end) {
@@ -228,7 +231,8 @@ static void dw_channels_last(const DwconvCall& call, int64_t begin, int64_t end)
       if (call.KH == 5) rows = one ? dw_rows<Elem, 5, 1> : dw_rows<Elem, 5, 2>;
       if (call.KH == 7) rows = one ? dw_rows<Elem, 7, 1> : dw_rows<Elem, 7, 2>;
     }
-  // Runs of rows of one image and one chunk of channels.
+  // A task is an output row of a chunk of channels. Those that follow one another in an image and a
+  // chunk are run as one.
   const int64_t image_rows = call.N * call.OH;
   for (int64_t task = begin; task < end;) {
     const int64_t chunk = task / image_rows, row = task % image_rows;

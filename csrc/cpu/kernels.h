@@ -31,7 +31,7 @@ struct DwconvCall {
   double slope;
   bool prefetch;  // x is not in the caches near by (channels_last)
   bool stream;    // y, or dx, may bypass the caches (channels_last, whole aligned lines)
-  // How the work is cut into tasks (see plan_* in dwconv_bn_act.cpp).
+  // How the work is cut into tasks: plan in launch.cpp, plan_contiguous in dwconv_bn_act.cpp.
   int64_t channel_chunk, channel_chunks;  // channels_last: a task is an output row of one chunk
   int64_t rows_per_task, row_tasks;       // contiguous: a task is a block of rows of one plane
   // Elements from one value of the weight to the next, see dwconv_contiguous_is_direct.
@@ -96,8 +96,8 @@ struct ConvCall {
   bool stream;                           // as above; float32
   const void* residual;                  // added after the activation, laid out as y; or null
   int64_t pixel_blocks, channel_blocks;  // a task is one of each
-  const void* next;                      // what is wanted after this call, and how many bytes: they
-  int64_t next_bytes;                    // are asked for meanwhile; instead of `prefetch`
+  const void* next;                      // bytes that the stage after this one reads: prefetched
+  int64_t next_bytes;                    // meanwhile, instead of the next block's pixels
 };
 
 // The mean of every channel over an image's pixels, the sigmoid of every value, or every pixel

@@ -9,8 +9,9 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Bands of as many pixels as a block of the product has where its weights are large, of fewer where
-// they are not; as many for each thread.
+// Into how many bands of rows (strips) an image is cut: bands have as many pixels as a block of the
+// product where its weights are large, so that they are read no more often than without bands, and
+// fewer pixels where they are not; threads get equally many bands.
 int64_t bands_of(const DwconvCall& depthwise, const ConvCall& dense, int64_t threads) {
   constexpr int64_t kBandPixels = 112, kLargeWeights = 256 << 10;
   const bool large = dense.K * dense.taps * size_of(dense.element) > kLargeWeights;
@@ -35,9 +36,9 @@ bool in_one_go(const PairCost& cost, Pairing pairing) {
 // The cost model, in nanoseconds of the slowest thread; what both ways have in common is left out.
 // Rates of one core of a current server processor; only their ratios matter, within a factor of 2.
 PairCost pair_cost(const DwconvCall& depthwise, const ConvCall& dense, int64_t threads) {
-  constexpr double kFlops = 100, kNearBytes = 40, kFarBytes = 15;  // each ns, float32
-  constexpr int64_t kNear = 512 << 10;                             // of a second-level cache
-  constexpr double kMeeting = 5000;                                // of all threads
+  constexpr double kFlops = 100, kNearBytes = 40, kFarBytes = 15;  // each nanosecond, float32
+  constexpr int64_t kNear = 512 << 10;  // bytes that stay in a second-level cache
+  constexpr double kMeeting = 5000;     // until all threads have met
   PairCost cost;
   const int64_t bands = bands_of(depthwise, dense, threads), size = size_of(depthwise.element);
   const auto tasks = depthwise.N * bands, pixels = depthwise.N * depthwise.OH * depthwise.OW;

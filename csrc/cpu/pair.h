@@ -1,5 +1,5 @@
-// A depthwise convolution and the 1x1 convolution that follows it, in one go (strip.h) or one after
-// the other.
+// A depthwise convolution and the 1x1 convolution that follows it: in one pass, strip by strip
+// (strip.h), or one after the other; and a cost model that says which is faster.
 #pragma once
 
 #include "kernels.h"
@@ -8,7 +8,7 @@ namespace mnet::cpu {
 
 enum class Pairing { by_cost, always, never };
 
-// What each way costs beyond the other, in nanoseconds, estimated.
+// Estimated nanoseconds of each way, without what both have in common.
 struct PairCost {
   double fused = 0, separate = 0;
 };

@@ -5,19 +5,20 @@
 
 #include "active.h"
 #include "launch.h"
+#include "memory.h"
 
 namespace mnet::cpu {
 namespace {
 
-constexpr int64_t kLine = 64;
 constexpr int64_t kFar = 512 << 10;  // bytes of a result that had better not be written to memory
 
 const Stage& stage(const Sequence& s, int64_t i) { return s.stages[static_cast<std::size_t>(i)]; }
 bool is_convolution(const Stage& s) { return s.kind == Kind::depthwise || s.kind == Kind::dense; }
 int64_t result_bytes(const Stage& s) { return s.p.K * s.p.OH * s.p.OW * size_of(s.p.dtype); }
 
-// Whether stages [begin, end) may go in strips: nothing that lies between two of them is read
-// elsewhere, and what is added to a result has as many rows of it in the window.
+// Whether stages [begin, end) may go in strips: what lies between two of them is read by nobody
+// after them, and a residual that starts inside the group is still in its window, row for row, when
+// it is added: no stage since has a stride.
 bool can_group(const Sequence& s, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     if (!is_convolution(stage(s, i))) return false;
@@ -29,7 +30,7 @@ bool can_group(const Sequence& s, int64_t begin, int64_t end) {
   return true;
 }
 
-// Stage i, of a group that begins at `begin`; all stages before it are there.
+// Appends stage i of a group that begins at `begin`, whose stages before i are in `steps` already.
 void add_step(std::vector<Step>& steps, const Sequence& s, int64_t begin, int64_t i,
               int64_t images) {
   if (stage(s, i).kind == Kind::depthwise) return steps.push_back({depthwise_call(s, i, images)});
@@ -38,10 +39,12 @@ void add_step(std::vector<Step>& steps, const Sequence& s, int64_t begin, int64_
   steps.push_back({dense_call(s, i, images), other > begin ? other - 1 - begin + before : -1});
 }
 
-// What strips of stages [begin, end) gain over pairs, or over stages one by one where those are not
-// `paired` (by stage), in nanoseconds; and how many rows they have (0: no strip is small enough).
-// Measured: what is written and read again soon costs little where the third-level cache is ours,
-// and up to 6 % of MobileNet V2 where others use it too.
+// What it gains, in nanoseconds, to run stages [begin, end) in strips instead of pair by pair, or
+// stage by stage where they are not `paired` (by stage): large results between them are not written
+// and read again, but rows at the edge of two threads' ranges are computed twice. And how many rows
+// such strips have; 0: even the smallest does not fit into the second-level cache. Measured: what
+// is written and read again soon costs little where the third-level cache is ours alone, and up to
+// 6 % of MobileNet V2 where others use it too.
 struct Gain {
   double nanoseconds;
   int64_t rows;
@@ -49,7 +52,7 @@ struct Gain {
 // `steps`: the stages' calls.
 Gain gain_of(const Sequence& s, int64_t begin, int64_t end, const std::vector<bool>& paired,
              const std::vector<Step>& steps, int64_t images, int64_t threads) {
-  constexpr double kFlops = 100, kFarBytes = 40;  // each ns
+  constexpr double kFlops = 100, kFarBytes = 40;  // of one core, each nanosecond
   constexpr int64_t kWindow = 512 << 10;
   const int64_t OH = rows_of(steps.back()).OH, parts = std::min(OH, parts_of(images, threads));
   const int64_t first = parts / 2 * OH / parts, last = (parts / 2 + 1) * OH / parts;
@@ -112,8 +115,9 @@ void choose_groups(Schedule& schedule, const Sequence& s, int64_t threads) {
   }
 }
 
-// Dense stages of a pixel or two have nothing to do but wait for their weights, which come from
-// far. Those before them ask for them: the last ones first, each for what comes while it works.
+// Dense stages of a pixel or two (the layers after a global mean) do little but wait for their
+// weights from memory. So the dense stages before them prefetch those weights meanwhile: the
+// nearest stage first, each as many bytes as arrive while it works.
 void ask_early(Schedule& schedule, const Sequence& s) {
   constexpr int64_t kFew = 2, kLarge = 64 << 10, kFlopsAByte = 20;
   const int64_t begin = schedule.segment.begin, images = schedule.segment.images;
@@ -139,8 +143,8 @@ void ask_early(Schedule& schedule, const Sequence& s) {
   }
 }
 
-// Each value that leaves its group takes a slot that no value still in use holds; a scale may work
-// in place.
+// Gives each value that leaves its group a slot that no value still in use holds; a scale writes
+// over what it scales where nobody else reads that.
 void place(Schedule& schedule, const Sequence& s) {
   std::vector<int64_t> held;  // by slot: the last stage that uses what is in it
   for (const Group& group : schedule.groups) {
@@ -158,8 +162,7 @@ void place(Schedule& schedule, const Sequence& s) {
     if (free == held.end()) held.push_back(0), schedule.slots.push_back(0);
     held[slot] = last.last_use;
     schedule.slot[static_cast<std::size_t>(i)] = static_cast<int64_t>(slot);
-    schedule.slots[slot] =
-        std::max(schedule.slots[slot], (result_bytes(last) + kLine - 1) / kLine * kLine);
+    schedule.slots[slot] = std::max(schedule.slots[slot], whole_lines(result_bytes(last)));
   }
   for (int64_t size : schedule.slots) schedule.image += size;
 }

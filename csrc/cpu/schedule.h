@@ -9,20 +9,20 @@
 
 namespace mnet::cpu {
 
-// Stages [begin, end) that go strip by strip, of so many rows of the last result; 0: one stage,
-// whole.
+// Stages [begin, end) that an image goes through together, `rows` rows of the last result at a time
+// (a strip, see strip.h); rows = 0: a single stage, run as a whole.
 struct Group {
   int64_t begin, end;
   int64_t rows;
 };
 
-// Stages [begin, end) of a sequence, which so many images go through together.
+// Stages [begin, end) of a sequence, which `images` images go through together.
 struct Segment {
   int64_t begin, end;
   int64_t images;
 };
 
-// Weights that are asked for while an earlier stage works.
+// Weights of a later stage that are prefetched while an earlier one works.
 struct Asked {
   const char* from;
   int64_t bytes;
@@ -33,10 +33,11 @@ struct Schedule {
   std::vector<Group> groups;
   std::vector<PairCost> pairs;  // by stage: the pair that begins there, if any
   std::vector<Asked> asked;     // by stage
-  std::vector<int64_t> slot;    // by stage: where its result goes; -1: to the caller, or no further
-                                // than its group
-  std::vector<int64_t> slots;   // sizes in bytes, of one image
-  int64_t image = 0;            // the sum of slots
+  // By stage, the slot of memory that its result goes to; -1: it goes to the caller, or does not
+  // leave its group. Slots are used again when what is in them has been read for the last time.
+  std::vector<int64_t> slot;
+  std::vector<int64_t> slots;  // their sizes in bytes, of one image
+  int64_t image = 0;           // the sum of slots
 };
 
 // For images that go together, on so many threads.
@@ -45,12 +46,12 @@ inline Segment whole(const Sequence& sequence, int64_t images) {
   return {0, static_cast<int64_t>(sequence.stages.size()), images};
 }
 
-// A sequence cut up for a thread that has so many images: from where on their values are small,
-// more of them go through together, so that weights are read once for all and tiles are full. Only
-// the value between two segments passes from one to the other.
+// A sequence cut up for a thread that has `images` images of its own. The further down a network,
+// the smaller its values: later segments take more images at a time, so that weights are read once
+// for all of them and tiles are full. Cuts lie where one value alone passes from before to after.
 std::vector<Segment> segments_of(const Sequence& sequence, int64_t images);
 
-// The calls of stages for so many images; of the pointers only constants are set.
+// The calls of stages for `images` images; of the pointers only those to constants are set.
 DwconvCall depthwise_call(const Sequence& sequence, int64_t i, int64_t images);
 ConvCall dense_call(const Sequence& sequence, int64_t i, int64_t images);
 std::vector<Step> steps_of(const Sequence& sequence, int64_t begin, int64_t end, int64_t images);

@@ -10,10 +10,6 @@
 namespace mnet::cpu {
 namespace {
 
-constexpr int64_t kLine = 64;
-
-int64_t whole_lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
-
 // The most rows of every result but the last that are needed at a time: whoever reads it starts
 // where it stopped, or at most its reach less its stride above.
 std::vector<int64_t> window_rows(const std::vector<RowsOf>& geometry, int64_t rows) {

@@ -1,8 +1,8 @@
-// Convolutions one after the other, through which an image goes strip by strip: a strip of the last
-// one's rows needs some more rows of the one before, and so on up to the first. Of what lies
-// between two of them only a window of rows is kept, which stays in the second-level cache: rows
-// that the next strip needs again stay, the others make room. Every thread takes a range of the
-// last rows.
+// Convolutions one after the other, through which an image goes strip by strip. A strip is some
+// rows of the last one's result; they need some more rows of the one before, and so on up to the
+// first. Of what lies between two of them only a window of rows is kept, which stays in the
+// second-level cache: rows that the next strip needs again stay, the others make room. Threads
+// share out the rows of the last result, each a range of its own.
 #pragma once
 
 #include <variant>
@@ -31,14 +31,15 @@ struct Range {
 };
 std::vector<Range> ranges_of(const std::vector<Step>& steps, int64_t oh, int64_t oh_end);
 
-// Bytes of the windows of strips of so many rows of the last step's result.
+// Bytes of all windows together, for strips of `rows` rows of the last step's result.
 int64_t window_bytes(const std::vector<Step>& steps, int64_t rows);
 
-// Into how many ranges of rows an image is cut for the threads.
+// Into how many ranges of rows each of `images` images is cut, so that threads have equally many.
 int64_t parts_of(int64_t images, int64_t threads);
 
-// All pointers are set but those between two steps, and residuals that `other` names. On `threads`
-// of torch's threads, on the calling one alone where that is 1.
+// Runs all images through all steps, in strips of `rows` rows of the last result. The caller sets
+// all pointers but those to what lies between two steps, and residuals that `other` names. On
+// `threads` of torch's threads, on the calling one alone where that is 1.
 void run_strips(const std::vector<Step>& steps, int64_t rows, int64_t threads);
 
 }  // namespace mnet::cpu

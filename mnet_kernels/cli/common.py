@@ -17,6 +17,7 @@ ANSWERS_DIFFER, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def fail(message: str, status: int) -> int:
+    """Say in one line what went wrong; the exit status to end with."""
     print(f"mnet-kernels: {' '.join(message.split())}", file=sys.stderr)
     return status
 
@@ -28,7 +29,7 @@ class Command(click.Command):
         try:
             return super().invoke(context)
         except ValueError as error:
-            from mnet_kernels.data import InputError
+            from mnet_kernels.inputs import InputError
 
             if isinstance(error, InputError):
                 raise click.ClickException(str(error)) from None

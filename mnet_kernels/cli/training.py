@@ -111,9 +111,9 @@ def train(
     torchrun --nproc-per-node 2 -m mnet_kernels train
     """
     load_extension()
-    from mnet_kernels import distributed
     from mnet_kernels.train import CHECKPOINT, Recipe, Stopped
     from mnet_kernels.train import train as run
+    from mnet_kernels.training import distributed
 
     set_threads(threads)
     recipe = Recipe(**settings)
@@ -176,9 +176,9 @@ def evaluate(
     or some of ImageNet's by WordNet number. With a folder val in it, that is used.
     """
     load_extension()
-    from mnet_kernels import distributed
     from mnet_kernels.evaluate import candidate
     from mnet_kernels.evaluate import evaluate as run
+    from mnet_kernels.training import distributed
 
     set_threads(threads)
     device = _available(device) or device_of(backend)
@@ -214,7 +214,7 @@ def _announce(recipe: Any, output: Path, group: Any) -> None:
         f"Training MobileNet V1, alpha {recipe.alpha:g}, on {recipe.data}: {recipe.backend}, "
         f"{recipe.precision}, {recipe.layout}, {group.world} x {group.device.type}, into {output}"
     )
-    from mnet_kernels.data import InputError, require
+    from mnet_kernels.inputs import InputError, require
 
     try:
         require("matplotlib", "'mnet_kernels[train]'")

@@ -4,33 +4,16 @@
 ``DepthwiseConvBNAct`` is the layer to build new networks from.
 """
 
-from mnet_kernels.nn.depthwise import DepthwiseConvBNAct, NamedActivation
-from mnet_kernels.nn.fused import (
-    FusedConv2d,
-    Fusion,
-    absorbed,
-    check_backend,
-    declared_shape,
-    in_functorch,
-    is_depthwise,
-    recorded,
-)
+from mnet_kernels.nn.depthwise import DepthwiseConvBNAct
+from mnet_kernels.nn.fused import FusedConv2d, Fusion, is_depthwise
 from mnet_kernels.nn.padding import SamePad2d
 from mnet_kernels.nn.pixel import PixelConv2d
-from mnet_kernels.nn.server import FOLDED
 
 __all__ = [
-    "FOLDED",
     "DepthwiseConvBNAct",
     "FusedConv2d",
     "Fusion",
-    "NamedActivation",
     "PixelConv2d",
     "SamePad2d",
-    "absorbed",
-    "check_backend",
-    "declared_shape",
-    "in_functorch",
     "is_depthwise",
-    "recorded",
 ]

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from mnet_kernels import ops
-from mnet_kernels.fold import scaled
+from mnet_kernels.nn.fold import scaled
 
 Constants = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def _by_tap(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """The same values laid out tap by tap, as the CPU kernel reads them without a copy."""
+    """The weight laid out tap by tap, (Kh, Kw, 1, C) in memory, as the CPU kernel reads it without
+    a copy."""
     return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 

@@ -66,7 +66,7 @@ def _estimate(conv: FusedConv2d, x: Tensor, copied: bool) -> tuple[float, float]
 def told(
     conv: FusedConv2d, backend: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, str]:
-    """Of a convolution that ``backend`` can serve: which way its latest call went, and why."""
+    """Which way the latest call of a convolution went that ``backend`` can serve, and why."""
     made: Decision | None = conv.__dict__.get("_decision")
     if made is None or (made.device, made.dtype) != (device, dtype):
         return backend, "or folded, as the cost model says of an input"

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mnet_kernels.nn.fused import FusedConv2d, Fusion, check_backend
-from mnet_kernels.reference import ACTIVATIONS
+from mnet_kernels.reference import ACTIVATIONS, Activation
 
 _Pair = int | tuple[int, int]
+
+
+def check_layer(layer: str, padding: _Pair | str, backend: str | None, **activations: str) -> None:
+    """Raises ValueError, naming the layer and the argument, where one is not known."""
+    for name, given in activations.items():
+        if given not in ACTIVATIONS:
+            raise ValueError(
+                f"{layer}: {name}: expected one of {', '.join(ACTIVATIONS)}, got {given!r}"
+            )
+    if isinstance(padding, str) and padding != "same":
+        raise ValueError(f'{layer}: padding: expected "same", int or (h, w), got {padding!r}')
+    check_backend(layer, backend)
 
 
 class DepthwiseConvBNAct(nn.Module):
@@ -54,16 +65,7 @@ class DepthwiseConvBNAct(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"DepthwiseConvBNAct: activation: expected one of {', '.join(ACTIVATIONS)}, "
-                f"got {activation!r}"
-            )
-        if isinstance(padding, str) and padding != "same":
-            raise ValueError(
-                f'DepthwiseConvBNAct: padding: expected "same", int or (h, w), got {padding!r}'
-            )
-        check_backend("DepthwiseConvBNAct", backend)
+        check_layer("DepthwiseConvBNAct", padding, backend, activation=activation)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         outputs = channels * depth_multiplier
         same = padding == "same"
@@ -75,7 +77,7 @@ class DepthwiseConvBNAct(nn.Module):
         fusion = Fusion(
             pad="same" if same else (0, 0, 0, 0),
             norm=bn,
-            act=NamedActivation(activation, slope),
+            act=Activation(activation, slope),
             activation=activation,
             slope=slope,
             backend=backend,
@@ -87,14 +89,3 @@ class DepthwiseConvBNAct(nn.Module):
         if self.conv.fusion.norm is not self.bn:  # exchanged, by convert_sync_batchnorm for one
             self.conv.fusion.norm = self.bn
         return self.conv(x)
-
-
-@dataclass(frozen=True)
-class NamedActivation:
-    """One of ours as a callable that can be pickled."""
-
-    activation: str
-    slope: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](x, self.slope)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from mnet_kernels import backends, ops
-from mnet_kernels.fold import Snapshot, fold, scaled, statistics_of
 from mnet_kernels.nn import dense, training
 from mnet_kernels.nn.constants import FORMS, Constants, renewed
+from mnet_kernels.nn.fold import fold, scaled, statistics_of
 from mnet_kernels.nn.server import FOLDED, dense_server, depthwise_server
-from mnet_kernels.reference import same_padding
+from mnet_kernels.nn.snapshot import Snapshot
+from mnet_kernels.reference import ACTIVATIONS, same_padding
 from mnet_kernels.registration import layout_of
 
 _Edges = tuple[int, int, int, int]
@@ -46,7 +47,7 @@ class Fusion:
     #: Everything downstream takes any memory format: dense convolutions may choose theirs.
     free_layout: bool = False
     #: Depthwise, with a 1x1 convolution after it in the same run: whether both go in one pass;
-    #: None: as the cost model says (pairs.py).
+    #: None: as the cost model says (runs/pairs.py).
     pair: bool | None = None
     #: Why this site was set to run native, if it was.
     declined: str | None = None
@@ -224,7 +225,7 @@ class FusedConv2d(nn.Conv2d):
         if bias is not None:
             bias = bias.to(x.dtype)
         y = F.conv2d(x, folded, bias, self.stride, (top, left), self.dilation, self.groups)
-        return _IN_PLACE[fusion.activation](y, fusion.slope)
+        return ACTIVATIONS[fusion.activation](y, fusion.slope, inplace=True)
 
     def _packs(self, x: Tensor) -> bool:
         """Whether this call goes to the packed convolution, which has no gradient."""
@@ -343,7 +344,8 @@ def is_depthwise(conv: Any) -> bool:
 
 
 def declared_shape(conv: nn.Conv2d | nn.Linear) -> tuple[int, ...]:
-    """Of a weight, by the module's attributes, which native calls do not look at."""
+    """The shape that a weight has by its module's attributes. It may have been given another one:
+    native calls do not look at the attributes, the fused operators do."""
     if isinstance(conv, nn.Linear):
         return conv.out_features, conv.in_features
     return conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size
@@ -357,24 +359,9 @@ def check_backend(operator: str, backend: str | None) -> None:
         )
 
 
-def absorbed(x: Tensor) -> Tensor:
-    """The forward of a module whose work a FusedConv2d does: it hands its input on."""
-    return x
-
-
 def recorded() -> bool:
+    """Whether the call is being compiled, exported or traced: nothing may be kept of it."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-_IN_PLACE: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "identity": lambda z, slope: z,
-    "relu": lambda z, slope: F.relu(z, inplace=True),
-    "relu6": lambda z, slope: F.relu6(z, inplace=True),
-    "leaky_relu": lambda z, slope: F.leaky_relu(z, slope, inplace=True),
-    "hardswish": lambda z, slope: F.hardswish(z, inplace=True),
-    "silu": lambda z, slope: F.silu(z, inplace=True),
-    "hardsigmoid": lambda z, slope: F.hardsigmoid(z, inplace=True),
-}
 
 
 def in_functorch() -> bool:

@@ -7,7 +7,6 @@ import functools
 import torch
 
 from mnet_kernels import backends, ops
-from mnet_kernels.nn import training
 
 _FUSED: tuple[str, ...] = tuple(name for name in backends.NAMES if name != "native")
 #: In a backend's place: the native convolution with folded weights, then the activation.
@@ -36,12 +35,16 @@ def _found(
     usual = _FUSED if backend is None else (backend,)
     for name in usual if preferred is None else (preferred, *usual):
         reason = backends.why_not(name, device=device, dtype=dtype)
-        if reason is None and in_training and name != "native":
-            reason = training.lacks(name)
+        if reason is None and in_training and not _trains(name):
+            reason = f"the {name} backend was built without training"
         if reason is None:
             return name, None
         reasons.append(reason)
     return "native", "; ".join(reasons)
+
+
+def _trains(backend: str) -> bool:
+    return backend == "native" or backends.has_kernel("dwconv_bn_act_training", backend)
 
 
 @functools.cache

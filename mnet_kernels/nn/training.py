@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from mnet_kernels import backends
 from mnet_kernels.conv_training import conv_bn_act_training, conv_patches
 from mnet_kernels.dwconv_training import dwconv_bn_act_training
-from mnet_kernels.fold import statistics_of
+from mnet_kernels.nn.fold import statistics_of
 
 if TYPE_CHECKING:
     from mnet_kernels.nn.fused import FusedConv2d
@@ -121,12 +120,6 @@ def _as_pointwise(conv: FusedConv2d, x: Tensor, weight: Tensor) -> tuple[Tensor,
     weight as that of a 1x1 convolution of them."""
     patches = conv_patches(x, weight, conv.stride, conv._all_edges(x))
     return patches, weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]
-
-
-def lacks(backend: str) -> str | None:
-    """Why a backend has not the operator of training, or None."""
-    there = backends.has_kernel("dwconv_bn_act_training", backend)
-    return None if there else f"the {backend} backend was built without training"
 
 
 def _count(norm: Any) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mnet_kernels.data import InputError, require
+from mnet_kernels.inputs import InputError, require
 from mnet_kernels.report import figures
 
 

@@ -85,6 +85,7 @@ class Axis:
     log: bool = False
 
     def at(self, value: float) -> float:
+        """Where a value lies: 0 at the axis' low end, 1 at its high end."""
         low, high = self.low, self.high
         if self.log:
             low, high, value = math.log(low), math.log(high), math.log(max(value, 1e-300))
@@ -130,6 +131,7 @@ def around(values: Sequence[float], log: bool = False, margin: float = 0.06) -> 
 
 
 def text_width(text: str) -> float:
+    """Estimated: browsers know the true one, we do not."""
     return CHARACTER * len(text)
 
 
@@ -192,6 +194,8 @@ def bars(
 
 @dataclass(frozen=True)
 class Mark:
+    """A point of a plot. ``tip`` is shown where a pointer rests on it, ``label`` always."""
+
     x: float
     y: float
     css: str
@@ -202,6 +206,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Curve:
+    """A line of a plot."""
+
     points: tuple[Point, ...]
     css: str
     label: str = ""

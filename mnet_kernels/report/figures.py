@@ -43,6 +43,7 @@ def groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def geometric_mean(rows: Iterable[Row]) -> float:
+    """Of the rows' speed-ups against the best peer."""
     return statistics.geometric_mean(row.speedup.median for row in rows)
 
 
@@ -355,7 +356,7 @@ def tradeoff(result: Mapping[str, Any]) -> Figure | None:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (cost, value) those that no other beats in both, by cost."""
+    """Those of some points (cost, value) that no other beats in both; the cheapest first."""
     front: list[tuple[float, float]] = []
     for cost, value in sorted(points, key=lambda p: (p[0], -p[1])):
         if not front or value > front[-1][1]:

@@ -35,6 +35,7 @@ class Evidence:
 
     @property
     def empty(self) -> bool:
+        """Whether there is nothing to show."""
         return not (self.rows or self.runs or self.tradeoffs)
 
     def add(self, name: str, result: Mapping[str, Any]) -> None:
@@ -61,7 +62,7 @@ class Evidence:
             found = rows.of_gpu(result)
         elif kind == "comparison":
             found = rows.of_comparison(result)
-            # Whatever fails, fails here.
+            # Put into words now: a result that these cannot read is refused here, not on the page.
             words.opening(result), words.verdict(result), words.labels(result)
         else:
             result.get("settings", {}).get("batch")
@@ -87,8 +88,8 @@ class Evidence:
         for fact in MACHINE:
             here, there = known.get(fact), environment.get(fact)
             if here != there:
-                words = fact.replace("_", " ")
-                raise ValueError(f"it is of another machine: {words} {there}, {first} has {here}")
+                name = fact.replace("_", " ")
+                raise ValueError(f"it is of another machine: {name} {there}, {first} has {here}")
 
 
 def _kind(result: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -23,6 +23,11 @@ class Spread:
 
     @staticmethod
     def read(told: Mapping[str, Any]) -> Spread:
+        """From a result file's {median, p20, p80}.
+
+        Raises:
+            ValueError: these are no positive numbers in their order.
+        """
         median = float(told["median"])
         spread = Spread(median, float(told.get("p20", median)), float(told.get("p80", median)))
         if not 0 < spread.low <= median <= spread.high < float("inf"):

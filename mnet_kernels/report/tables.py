@@ -21,6 +21,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
+    """A table as the page shows it."""
+
     caption: str
     headings: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
@@ -32,6 +34,7 @@ _Columns = Mapping[str, Callable[[Any], Cell]]
 
 
 def table(caption: str, columns: _Columns, things: Iterable[Any]) -> Table:
+    """A row for each thing; columns that are empty in all rows are left out."""
     grid = [[make(thing) for make in columns.values()] for thing in things]
     kept = [i for i in range(len(columns)) if any(row[i].text for row in grid)]
     return Table(

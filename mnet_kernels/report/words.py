@@ -87,11 +87,6 @@ def _digits(ms: float) -> int:
     return next((digits for digits, top in ((3, 1), (2, 10), (1, 100)) if ms < top), 0)
 
 
-def speed_text(ratio: dict[str, float]) -> str:
-    """A speed-up with its spread."""
-    return f"{ratio['median']:.2f}x ({ratio['p20']:.2f}-{ratio['p80']:.2f})"
-
-
 def top5_text(answers: dict[str, int]) -> str:
     """How many images got the same five best classes in the same order."""
     return f"{answers['top5_same']}/{answers['images']}"
@@ -124,6 +119,7 @@ def names(way: str) -> str:
 
 
 def percent_text(fraction: float | None) -> str:
+    """Whole per cent; nothing for what is not known."""
     return "" if fraction is None else f"{fraction:.0%}"
 
 

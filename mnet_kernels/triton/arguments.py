@@ -16,10 +16,12 @@ _UNROLLED_TAPS = 49
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return (a + b - 1) // b
 
 
 def dense(t: Tensor | None) -> Tensor | None:
+    """A vector without gaps, as kernels read it."""
     return None if t is None else t.contiguous()
 
 
@@ -49,7 +51,7 @@ def check(
 
 
 def empty_output(x, weight, stride, padding, dilation, outputs=None) -> Tensor:
-    """Of a convolution, or of one with ``outputs`` channels and the same pixels."""
+    """Memory for a convolution's result, or for one with ``outputs`` channels instead."""
     stride, dilation = pair(stride), pair(dilation)
     top, left, bottom, right = explicit_padding(x, weight, stride, padding, dilation)
     room_h = x.shape[2] + top + bottom - (weight.shape[2] - 1) * dilation[0] - 1
@@ -86,11 +88,12 @@ class Convolution:
         }  # fmt: skip
 
     def dense(self, t: Tensor) -> Tensor:
+        """An image without gaps, in the call's layout."""
         return t.contiguous(memory_format=self.layout)
 
 
-class Call(Convolution):
-    """A depthwise convolution's: grids too.
+class Depthwise(Convolution):
+    """A checked call of a depthwise convolution: also how many programs its kernels have.
 
     Args:
         weight: ``(C*M, 1, Kh, Kw)``.
@@ -115,8 +118,8 @@ class Call(Convolution):
         return tuning.block(channels, self.itemsize, self.constants["CHANNELS_LAST"])
 
     def programs(self, meta: dict[str, int], shape: torch.Size, *, of_x: bool = False) -> int:
-        """For the patches of a tensor, and its blocks of channels; of_x: of the gradient of x,
-        whose patches grow with the stride."""
+        """How many programs go over the patches of a tensor of this shape, and its blocks of
+        channels. of_x: it is the gradient of x, whose patches grow with the stride."""
         rows, cols = meta["ROWS"], meta["COLS"]
         if of_x and self.unrolled:
             rows, cols = rows * self.constants["SH"], cols * self.constants["SW"]
@@ -124,4 +127,5 @@ class Call(Convolution):
         return cdiv(patches, self.block(shape[1])["LANES"]) * self.blocks(shape[1])
 
     def blocks(self, channels: int) -> int:
+        """Blocks of channels."""
         return cdiv(channels, self.block(channels)["BLOCK_C"])

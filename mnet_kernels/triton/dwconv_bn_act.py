@@ -133,7 +133,7 @@ def dwconv_bn_act(x, weight, scale, shift, stride, padding, dilation, activation
     y = _output(x, weight, scale, shift, stride, padding, dilation, activation, slope)
     if x.shape[0] == 0:
         return y
-    call = arguments.Call(x, weight, y, stride, padding, dilation)
+    call = arguments.Depthwise(x, weight, y, stride, padding, dilation)
     affine = arguments.dense(scale), arguments.dense(shift)
     launch_forward(call, call.dense(x), call.taps(weight), *affine, None, y, activation, slope)
     return y

@@ -269,7 +269,7 @@ def dwconv_bn_act_backward(
     )
     if x.shape[0] == 0:
         return dx, dweight.zero_(), dscale.zero_(), dshift.zero_()
-    call = arguments.Call(x, weight, dy, stride, padding, dilation)
+    call = arguments.Depthwise(x, weight, dy, stride, padding, dilation)
     dy, x, taps = call.dense(dy), call.dense(x), call.taps(weight)
     dconv = torch.empty_like(dy, memory_format=call.layout)
     partial = partials(dy, 2)
@@ -302,7 +302,9 @@ def partials(y: Tensor, count: int) -> Tensor:
 
 
 def launch_conv(call, dy, x, taps, vectors, dconv, partial, activation, slope) -> None:
-    """vectors: scale, shift, mean, linear, constant; dconv or partial may be None."""
+    """The first pass: dconv, the gradient of the convolution's result, and partial sums for those
+    of scale and shift. vectors: scale, shift, mean, linear, constant; dconv or partial may be
+    None."""
     chunks = chunks_of(dy)
 
     def grid(meta):
@@ -315,6 +317,8 @@ def launch_conv(call, dy, x, taps, vectors, dconv, partial, activation, slope) -
 
 
 def launch_data(call, dconv, taps, dx) -> None:
+    """dx, from dconv."""
+
     def grid(meta):
         return (call.programs(meta, dx.shape, of_x=True),)
 
@@ -325,6 +329,7 @@ def launch_data(call, dconv, taps, dx) -> None:
 
 
 def launch_weight(call, dconv, x, dweight) -> None:
+    """dweight, from dconv and x: partial sums a chunk, then their sum."""
     KH, KW = dweight.shape[2:]
     rows, cols = (KH, KW) if KH * KW <= 9 else (1, min(KW, 8))
     chunks, partial = chunks_of(dconv), partials(dconv, KH * KW)

@@ -163,7 +163,7 @@ def dwconv_bn_act_training(
     check(x, weight, gamma, beta, y)
     if x.shape[0] == 0:
         return y, mean.zero_(), var.zero_()
-    call = arguments.Call(x, weight, y, stride, padding, dilation)
+    call = arguments.Depthwise(x, weight, y, stride, padding, dilation)
     x, taps = call.dense(x), call.taps(weight)
     chunks, partial, K = chunks_of(y), partials(y, 4), y.shape[1]
 

@@ -77,7 +77,7 @@ def dwconv_bn_act_training_backward(
     if x.shape[0] == 0:
         return dx, dweight.zero_(), *(t.zero_() for t in vectors)
     dgamma, dbeta = vectors if sums else (torch.empty_like(mean) for _ in range(2))
-    call = arguments.Call(x, weight, dy, stride, padding, dilation)
+    call = arguments.Depthwise(x, weight, dy, stride, padding, dilation)
     dy, x, taps = call.dense(dy), call.dense(x), call.taps(weight)
     gamma, beta = arguments.dense(gamma), arguments.dense(beta)
     K, chunks, count = dy.shape[1], chunks_of(dy), dy.numel() // dy.shape[1]

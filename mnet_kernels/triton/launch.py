@@ -16,7 +16,7 @@ import torch
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from mnet_kernels.backends import TRITON_INTERPRETED
+from mnet_kernels.triton import TRITON_INTERPRETED
 
 #: In the interpreter: which of the fitting configurations runs (tests go through them all).
 interpreted_choice = 0

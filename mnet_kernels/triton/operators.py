@@ -6,8 +6,11 @@ import torch
 
 from mnet_kernels import reference
 from mnet_kernels.registration import (
-    _library,
+    SEPARABLE_IMAGES_AND_WEIGHTS,
+    SEPARABLE_TENSORS,
+    call_by_call,
     explicit_padding,
+    gradients_of,
     gradients_through,
     pair,
     register_autocast,
@@ -75,7 +78,7 @@ def _training_backward(ctx, dy, *_):
 
 
 def _dense_backward(ctx, dy):
-    return _gradients_of(lambda *tensors: _in_pytorch(1, tensors, ctx.constants), ctx, dy)
+    return gradients_of(lambda *tensors: _in_pytorch(1, tensors, ctx.constants), ctx, dy)
 
 
 dwconv_bn_act_training.register_autograd(_training_backward, setup_context=_setup_training)
@@ -89,13 +92,9 @@ for _device in ("cpu", "cuda"):
     register_autocast("dwconv_bn_act_training_triton", dwconv_bn_act_training, _device)
 
 
-#: Tensors come first in separable_conv; of them, those of x's dtype.
-_SEPARABLE_TENSORS, _SEPARABLE_IMAGES = 8, (0, 1, 4, 7)
-
-
 def _setup_separable(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:_SEPARABLE_TENSORS])
-    ctx.constants = inputs[_SEPARABLE_TENSORS:]
+    ctx.save_for_backward(*inputs[:SEPARABLE_TENSORS])
+    ctx.constants = inputs[SEPARABLE_TENSORS:]
 
 
 def _separable_backward(ctx, dy):
@@ -111,52 +110,18 @@ def _separable_backward(ctx, dy):
         )
         return y if residual is None else y + residual
 
-    return _gradients_of(halves, ctx, dy)
-
-
-def _gradients_of(function, ctx, dy):
-    """Of the tensors that ctx saved, through function of them, computed again."""
-    again = torch.is_grad_enabled()
-    needed = ctx.needs_input_grad[: len(ctx.saved_tensors)]
-    tensors = [
-        t if t is None or again else t.detach().requires_grad_(n)
-        for t, n in zip(ctx.saved_tensors, needed, strict=True)
-    ]
-    with torch.enable_grad():
-        y = function(*tensors)
-    return *gradients_through(y, dy, tensors, needed, again), *[None] * len(ctx.constants)
+    return gradients_of(halves, ctx, dy)
 
 
 separable_conv.register_autograd(_separable_backward, setup_context=_setup_separable)
 
 
-def _separable_autocast(device_type):
-    def autocast(*call):
-        """Images and weights are cast as native convolutions cast them; scales stay float32."""
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = [
-            t.to(dtype) if i in _SEPARABLE_IMAGES and t is not None else t
-            for i, t in enumerate(call)
-        ]
-        with torch.autocast(device_type, enabled=False):
-            return separable_conv(*cast)
-
-    return autocast
-
-
 for _device in ("cpu", "cuda"):
-    _library.impl(
-        "separable_conv_triton", _separable_autocast(_device), f"Autocast{_device.upper()}"
+    register_autocast(
+        "separable_conv_triton", separable_conv, _device, SEPARABLE_IMAGES_AND_WEIGHTS
     )
 
 
 @separable_conv.register_vmap
 def _separable_vmap(info, in_dims, *call):
-    """Call by call."""
-    rows = [
-        separable_conv(
-            *(t.select(d, i) if type(d) is int else t for t, d in zip(call, in_dims, strict=True))
-        )
-        for i in range(info.batch_size)
-    ]
-    return torch.stack(rows), 0
+    return call_by_call(separable_conv, info, in_dims, call)

@@ -91,7 +91,7 @@ def separable_conv(
     y = _output(*tensors, *constants)
     if x.shape[0] == 0:
         return y
-    call = arguments.Call(x, dw_weight, y, stride, padding, dilation)
+    call = arguments.Depthwise(x, dw_weight, y, stride, padding, dilation)
     K, pixels = y.shape[1], y.numel() // y.shape[1]
 
     def grid(meta):

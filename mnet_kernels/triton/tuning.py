@@ -96,6 +96,7 @@ _KEY = [
 
 
 def autotune(kind: Patches | list[triton.Config]) -> Callable:
+    """Triton's decorator with our configurations, pruned for each shape, kept on disk."""
     return triton.autotune(
         configs=kind if isinstance(kind, list) else list(kind.configs.values()),
         key=_KEY,
@@ -161,7 +162,7 @@ def _fits(kind: Patches, rows: int, cols: int, itemsize: int, shape: dict[str, A
 def _registers(
     kind: Patches, rows: int, cols: int, kh: int, kw: int, sums: int, itemsize: int, shape: dict
 ) -> int:
-    """For loads of 16 bytes and float32 sums of as many channels."""
+    """Registers that a thread takes: for loads of 16 bytes and float32 sums of as many channels."""
     sh, sw = shape["SH"], shape["SW"]
     if kind is DATA:  # of dy, for patches of x
         inputs = (rows + (kh - 1) // sh) * (cols + (kw - 1) // sw)

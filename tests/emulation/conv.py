@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import rulers
 import torch
 from emulation import dwconv
-from emulation.emulator import Answer, Emulator
-from emulation.separable import MULTIPROCESSORS, SHARED_LIMIT
+from emulation.emulator import MULTIPROCESSORS, SHARED_LIMIT, Answer, Emulator
 from torch import Tensor
 
 from mnet_kernels import ops
@@ -75,20 +74,8 @@ def run(
     program: Emulator, p: Conv, variant: str = "auto", *, count: bool = False,
     offsets: dict[str, int] | None = None, **device: int,
 ) -> tuple[Tensor, Answer]:  # fmt: skip
-    """The output, and what the program said: the variant's name and the counted traffic.
-
-    Args:
-        offsets: bytes that a tensor lies past a 256-byte boundary.
-        device: multiprocessors, shared_limit.
-    """
-    sizes = numbers(p, **device)
-    shape = [int(sizes[name]) for name in ("N", "K", "OH", "OW")]
-    y = torch.empty(shape, dtype=p.x.dtype, memory_format=torch.channels_last)
-    answer = program.run(
-        "conv", variant, numbers=sizes, inputs=_inputs(p), outputs={"y": y}, count=count,
-        offsets=offsets,
-    )  # fmt: skip
-    return y, answer
+    """See Emulator.convolve; ``device``: multiprocessors, shared_limit."""
+    return program.convolve("conv", variant, numbers(p, **device), _inputs(p), count, offsets)
 
 
 def able(program: Emulator, p: Conv, **device: int) -> list[str]:

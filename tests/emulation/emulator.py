@@ -16,6 +16,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ SANITIZERS = {
     "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-fsanitize=thread"],
 }
+#: Of an H100: multiprocessors, and bytes of shared memory that a block may have.
+MULTIPROCESSORS, SHARED_LIMIT = 132, 227 << 10
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
 
 
@@ -136,6 +139,25 @@ class Emulator:
             if content:
                 _flat(tensor).copy_(torch.frombuffer(bytearray(content), dtype=tensor.dtype))
         return Answer(text, json.loads(traffic))
+
+    def convolve(
+        self, operation: str, variant: str, numbers: dict[str, float],
+        inputs: dict[str, Tensor | None], count: bool, offsets: dict[str, int] | None,
+    ) -> tuple[Tensor, Answer]:  # fmt: skip
+        """The output y (N, K, OH, OW) of x's dtype, channels_last, and what the program said: the
+        variant's name and, with ``count``, the traffic.
+
+        Args:
+            offsets: bytes that a tensor lies past a 256-byte boundary.
+        """
+        shape = [int(numbers[name]) for name in ("N", "K", "OH", "OW")]
+        x = cast(Tensor, inputs["x"])
+        y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        answer = self.run(
+            operation, variant, numbers=numbers, inputs=inputs, outputs={"y": y}, count=count,
+            offsets=offsets,
+        )  # fmt: skip
+        return y, answer
 
     def _started(self) -> subprocess.Popen:
         if self.process is None:

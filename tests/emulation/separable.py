@@ -9,14 +9,11 @@ import rulers
 import torch
 import torch.nn.functional as F
 from emulation import dwconv
-from emulation.emulator import Answer, Emulator
+from emulation.emulator import MULTIPROCESSORS, SHARED_LIMIT, Answer, Emulator
 from rulers import ROUNDING, SMALLEST, TF32_ROUNDING, Problem
 from torch import Tensor
 
 from mnet_kernels.reference import ACTIVATIONS
-
-#: Of an H100: multiprocessors, and bytes of shared memory that a block may have.
-MULTIPROCESSORS, SHARED_LIMIT = 132, 227 << 10
 
 
 @dataclass
@@ -119,20 +116,8 @@ def run(
     program: Emulator, s: Separable, variant: str = "auto", *, count: bool = False,
     offsets: dict[str, int] | None = None, **device: int,
 ) -> tuple[Tensor, Answer]:  # fmt: skip
-    """The output, and what the program said: the variant's name and the counted traffic.
-
-    Args:
-        offsets: bytes that a tensor lies past a 256-byte boundary.
-        device: multiprocessors, shared_limit.
-    """
-    sizes = numbers(s, **device)
-    shape = [int(sizes[name]) for name in ("N", "K", "OH", "OW")]
-    y = torch.empty(shape, dtype=s.pw_weight.dtype, memory_format=torch.channels_last)
-    answer = program.run(
-        "separable", variant, numbers=sizes, inputs=_inputs(s), outputs={"y": y}, count=count,
-        offsets=offsets,
-    )  # fmt: skip
-    return y, answer
+    """See Emulator.convolve; ``device``: multiprocessors, shared_limit."""
+    return program.convolve("separable", variant, numbers(s, **device), _inputs(s), count, offsets)
 
 
 def able(program: Emulator, s: Separable, **device: int) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mnet_kernels import train
-from mnet_kernels.recipe import Recipe
+from mnet_kernels.training.recipe import Recipe
 
 
 @pytest.fixture(scope="session")

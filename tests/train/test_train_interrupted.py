@@ -7,12 +7,13 @@ import pytest
 import torch
 from train_processes import metrics, start
 
-from mnet_kernels import checkpoint, train
+from mnet_kernels import train
+from mnet_kernels.training import checkpoint
 
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from mnet_kernels.recipe import Recipe
+from mnet_kernels.training.recipe import Recipe
 from mnet_kernels.train import train
 torch.set_num_threads(1)
 def on_step(now):

@@ -15,18 +15,19 @@ import torch
 from torch import nn
 from train_processes import TESTS, together
 
-from mnet_kernels import checkpoint, datasets, recipe, train
-from mnet_kernels.batches import deaf_to_workers
-from mnet_kernels.distributed import lost_process
+from mnet_kernels import train
 from mnet_kernels.models import mobilenet_v1
 from mnet_kernels.swap import swap
+from mnet_kernels.training import checkpoint, datasets, recipe
+from mnet_kernels.training.batches import deaf_to_workers
+from mnet_kernels.training.distributed import lost_process
 
 GRADIENTS = """
 import sys, torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from test_train_many import problem
-from mnet_kernels.distributed import group
+from mnet_kernels.training.distributed import group
 torch.set_num_threads(1)
 with group("cpu") as ranks:
     result = {}

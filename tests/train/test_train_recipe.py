@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mnet_kernels import recipe
 from mnet_kernels.swap import swap
+from mnet_kernels.training import recipe
 
 # Keras' own.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -10,10 +10,11 @@ import pytest
 import torch
 from train_processes import start
 
-from mnet_kernels import checkpoint, cli, recipe, train
-from mnet_kernels.data import InputError
+from mnet_kernels import cli, train
+from mnet_kernels.inputs import InputError
 from mnet_kernels.models import mobilenet_v1
 from mnet_kernels.train import Stopped
+from mnet_kernels.training import checkpoint, recipe
 
 
 def refused(words, settings, output, **kwargs):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from train_processes import metrics
 
-from mnet_kernels import checkpoint, datasets, recipe, train
-from mnet_kernels.recipe import Recipe
+from mnet_kernels import train
+from mnet_kernels.training import checkpoint, datasets, recipe
+from mnet_kernels.training.recipe import Recipe
 
 
 def test_a_run_leaves_its_files_and_learns(fashion, tmp_path):

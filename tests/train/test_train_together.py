@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from mnet_kernels import datasets, recipe
 from mnet_kernels.models import mobilenet_v1
 from mnet_kernels.swap import explain, swap
+from mnet_kernels.training import datasets, recipe
 
 STEPS, BATCH = 100, 16
 

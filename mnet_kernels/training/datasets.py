@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from mnet_kernels.data import RESIZE, InputError, read_image, require
+from mnet_kernels.data import RESIZE, read_image
+from mnet_kernels.inputs import InputError, require
 
 INSTALL = "'mnet_kernels[train]'"
 

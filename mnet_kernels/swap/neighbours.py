@@ -1,13 +1,17 @@
 """One traced forward: what every convolution in it can take over, and why no more.
 
-The steps beside a convolution (zero padding before it; normalisation and activation after it) are
-its own where nobody else sees what passes between them, at every call.
+Zero padding before a convolution, and the norm and the activation after it, become its own where
+nobody else sees what passes between them. A convolution may be called several times (weights shared
+between heads, say); then this must be so, with the same neighbours, at every one of its calls.
+
+What a neighbour did must not be done again. A module that is called nowhere else is *absorbed*: its
+forward hands its input on. A function, or a module that is also called elsewhere, is *removed*: the
+call is taken out of the forward that makes it (tracing.py, Shortened).
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,137 +19,16 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from mnet_kernels import tracing
-from mnet_kernels.layout import free_nodes
-from mnet_kernels.nn import FusedConv2d, SamePad2d, is_depthwise
-from mnet_kernels.plan import Call, Left, Plan, Site, describe
-from mnet_kernels.probe import (
-    IDENTITY,
-    Activation,
-    Norm,
+from mnet_kernels.nn import SamePad2d, is_depthwise
+from mnet_kernels.reference import IDENTITY
+from mnet_kernels.swap.layout import free_nodes
+from mnet_kernels.swap.module_facts import ModuleFacts
+from mnet_kernels.swap.plan import Left, Plan, Site, describe
+from mnet_kernels.swap.probe import (
     activation_of,
     is_norm_like,
-    module_activation,
-    module_is_sigmoid,
-    norm_of,
-    pads_same,
-    rests_in_eval,
 )
-from mnet_kernels.tracing import callers, constants_only, is_of_torch
-
-
-class Look:
-    """What single modules are, each looked at once."""
-
-    def __init__(self, hooked: set[nn.Module]) -> None:
-        self.hooked = hooked
-        self._norms: dict[nn.Module, Norm | str] = {}
-        self._activations: dict[nn.Module, Activation | None] = {}
-        self._resting: dict[nn.Module, bool] = {}
-        self._leaves: dict[nn.Module, bool] = {}
-        self._same: dict[nn.Module, bool] = {}
-        self._opaque: dict[nn.Module, bool] = {}
-        self._own_nodes: dict[nn.Module, list[fx.Node] | str] = {}
-
-    def altered(self, module: nn.Module) -> str | None:
-        """Why one module does not do what its class says, or None."""
-        if not self.hooked.isdisjoint(module.modules()):
-            return f"{type(module).__name__} has hooks"
-        if "forward" in module.__dict__:
-            return f"the forward of {type(module).__name__} was replaced on the instance"
-        return None
-
-    def why_not_plain(self, conv: nn.Module) -> str | None:
-        """Why a convolution cannot be exchanged at all, or None."""
-        if not isinstance(conv, nn.Conv2d):
-            return f"a {type(conv).__name__}: only Conv2d is fused"
-        if isinstance(conv, FusedConv2d):
-            return "fused already"
-        for cls in self._classes(conv):
-            if _BEHAVIOUR & set(vars(cls)) and not self.pads_same(conv):
-                return f"its class {cls.__name__} changes what Conv2d does"
-        if conv.padding_mode != "zeros":
-            return f"padding_mode is {conv.padding_mode!r}"
-        return self.altered(conv)
-
-    def pads_same(self, conv: nn.Conv2d) -> bool:
-        """Whether a class of its own adds TensorFlow's "same" padding, and changes nothing else."""
-        if conv not in self._same:
-            changed = {name for cls in self._classes(conv) for name in _BEHAVIOUR & set(vars(cls))}
-            self._same[conv] = changed == {"forward"} and pads_same(conv)
-        return self._same[conv]
-
-    @staticmethod
-    def _classes(conv: nn.Conv2d) -> tuple[type, ...]:
-        """Those between a convolution and Conv2d."""
-        return type(conv).__mro__[: type(conv).__mro__.index(nn.Conv2d)]
-
-    def norm(self, module: nn.Module) -> Norm | str:
-        if module not in self._norms:
-            self._norms[module] = self.altered(module) or norm_of(module)
-        return self._norms[module]
-
-    def activation(self, module: nn.Module) -> Activation | None:
-        if module not in self._activations:
-            altered = self.altered(module) is not None
-            self._activations[module] = None if altered else module_activation(module)
-        return self._activations[module]
-
-    def sigmoid(self, module: nn.Module) -> bool:
-        return self.altered(module) is None and module_is_sigmoid(module)
-
-    def rests(self, module: nn.Module) -> bool:
-        """Whether it hands its input on in eval mode (dropout, stochastic depth)."""
-        if module not in self._resting:
-            altered = self.altered(module) is not None
-            self._resting[module] = not altered and rests_in_eval(module)
-        return self._resting[module]
-
-    def keeps_format(self, module: nn.Module) -> bool:
-        """Norms, activations and the like, and convolutions that pad."""
-        if isinstance(module, nn.Conv2d):
-            return self.pads_same(module)
-        if is_norm_like(module):
-            return isinstance(self.norm(module), Norm)
-        return self.activation(module) is not None or self.rests(module)
-
-    def own_nodes(self, module: nn.Module) -> list[fx.Node] | str:
-        if module not in self._own_nodes:
-            self._own_nodes[module] = tracing.own_nodes(module)
-        return self._own_nodes[module]
-
-    def is_leaf(self, module: nn.Module) -> bool:
-        if module not in self._leaves:
-            self._leaves[module] = self._is_leaf(module)
-        return self._leaves[module]
-
-    def is_leaf_or_opaque(self, module: nn.Module) -> bool:
-        if self.is_leaf(module):
-            return True
-        if module not in self._opaque:
-            self._opaque[module] = not self._is_traceable(module, self.is_leaf_or_opaque)
-        return self._opaque[module]
-
-    @staticmethod
-    def _is_traceable(module: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> bool:
-        try:
-            tracing.trace(module, is_leaf)
-        except Exception:  # tracing runs the model's own code
-            return False
-        return True
-
-    def _is_leaf(self, module: nn.Module) -> bool:
-        inner = list(module.modules())
-        if type(module).__module__.startswith("torch.nn") and len(inner) == 1:
-            return True
-        if isinstance(module, _ConvNd | SamePad2d) or is_norm_like(module):
-            return True
-        if self.activation(module) or self.rests(module):
-            return True
-        if any(isinstance(m, _ConvNd) or is_norm_like(m) for m in inner):
-            return False
-        # With nothing to fuse inside, what cannot be traced need not be.
-        return not self._is_traceable(module, self.is_leaf)
+from mnet_kernels.swap.tracing import Call, callers, constants_only
 
 
 @dataclass(frozen=True)
@@ -153,28 +36,33 @@ class _Step:
     """One neighbour of a convolution that it takes over."""
 
     kind: str  # "pad", "norm", "act", or "skip" for what does nothing anyway
-    #: A module's path, or a call's owner and position.
+    #: Of a module that is absorbed, its path; of a call that is removed, the path of the module
+    #: whose forward makes it, and its position there.
     key: str | tuple[str, int]
     does: Any = None  # the padding, Norm or Activation
     act: str | Call | None = None  # of "act": the module's path or the function
 
 
-class Graph:
+class TracedForward:
     """One traced forward: for every convolution the steps it takes over, and why no more."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, look: Look) -> None:
-        self.look = look
+    def __init__(self, root: nn.Module, graph: fx.Graph, facts: ModuleFacts) -> None:
+        self.facts = facts
         self.modules = dict(root.named_modules())
+        #: All calls of a module, by its path.
         self.calls: dict[str, list[fx.Node]] = collections.defaultdict(list)
+        #: By the path of a module and what it calls: all such calls.
         self.alike: dict[tuple[str, Any], list[fx.Node]] = collections.defaultdict(list)
+        #: How often a call is made that could be removed, by _Step.key.
         self.uses: dict[tuple[str, int], int] = {}
         for node in graph.nodes:
             if node.op == "call_module":
                 self.calls[str(node.target)].append(node)
             self.alike[_owner(node), _kind(node, self.modules)].append(node)
-        self.free = free_nodes(graph, self.modules, look.keeps_format)
+        self.free = free_nodes(graph, self.modules, facts.keeps_format)
 
     def plan(self) -> Plan:
+        """A site, or the reason why it is left, for every convolution."""
         plan = Plan()
         for path, conv in self.modules.items():
             if isinstance(conv, _ConvNd):
@@ -189,7 +77,7 @@ class Graph:
         nodes = self.calls.get(path)
         if not nodes:
             return "not called in eval mode"
-        why = self.look.why_not_plain(conv)
+        why = self.facts.why_not_plain(conv)
         if why is not None:
             return why
         if any(len(node.args) != 1 or node.kwargs for node in nodes):
@@ -198,7 +86,7 @@ class Graph:
         after, note = self._common([self._after(node, len(nodes)) for node in nodes])
         steps = {step.kind: step for step in (*before, *after) if step.kind != "skip"}
         pad, norm, act = (steps.get(kind) for kind in ("pad", "norm", "act"))
-        own = "same" if self.look.pads_same(cast(nn.Conv2d, conv)) else (0, 0, 0, 0)
+        own = "same" if self.facts.pads_same(cast(nn.Conv2d, conv)) else (0, 0, 0, 0)
         if norm is None and not is_depthwise(conv):
             return note or "no normalisation follows"
         if norm is not None and not norm.does.keeps_statistics and not is_depthwise(conv):
@@ -222,7 +110,11 @@ class Graph:
         )
 
     def _common(self, chains: list[tuple[list[_Step], str]]) -> tuple[list[_Step], str]:
-        """The steps beside every call of one convolution and beside no other call."""
+        """The steps beside every call of one convolution, and beside no other call; why no more.
+
+        Args:
+            chains: for each of its calls, the steps there and why there are no more.
+        """
         steps, note = chains[0]
         for other, _ in chains[1:]:
             same = [a == b for a, b in zip(steps, other, strict=False)]
@@ -236,26 +128,27 @@ class Graph:
         return steps, note
 
     def _before(self, node: fx.Node, calls: int) -> tuple[list[_Step], str]:
+        """The padding before one of a convolution's ``calls``, if there is one."""
         pad = node.args[0]
-        if self.look.pads_same(cast(nn.Conv2d, self.modules[str(node.target)])):
+        if self.facts.pads_same(cast(nn.Conv2d, self.modules[str(node.target)])):
             return [], ""
         if not isinstance(pad, fx.Node) or len(pad.users) != 1 or self._hooks_between(pad, node):
             return [], ""
         edges = self._edges(pad, cast(nn.Conv2d, self.modules[str(node.target)]))
         key = None if edges is None else self._key(pad, calls)
-        return ([_Step("pad", key, edges)] if isinstance(key, tuple | str) else []), ""
+        return ([] if key is None or isinstance(key, _Why) else [_Step("pad", key, edges)]), ""
 
     def _edges(self, node: fx.Node, conv: nn.Conv2d) -> tuple[int, int, int, int] | str | None:
         """The zeros (top, left, bottom, right) that a node adds before ``conv``, if it does
         nothing else; "same" if they are those of TensorFlow's "same" padding."""
         if node.op == "call_module":
             module: Any = self.modules[str(node.target)]
-            if type(module) is SamePad2d and not self.look.altered(module):
+            if type(module) is SamePad2d and not self.facts.altered(module):
                 kernel, stride = (module.kernel_size,) * 2, (module.stride,) * 2
                 fits = (conv.kernel_size, conv.stride, conv.dilation) == (kernel, stride, (1, 1))
                 return "same" if fits and conv.padding in ((0, 0), "valid") else None
             plain = getattr(type(module), "forward", None) is nn.ConstantPad2d.forward
-            if not plain or len(node.args) != 1 or node.kwargs or self.look.altered(module):
+            if not plain or len(node.args) != 1 or node.kwargs or self.facts.altered(module):
                 return None
             edges, value = module.padding, module.value
         elif node.op == "call_function" and node.target is F.pad and constants_only(node):
@@ -301,42 +194,40 @@ class Graph:
         path = str(node.target)
         if not is_norm_like(self.modules[path]):
             return None
-        found = self.look.norm(self.modules[path])
+        found = self.facts.norm(self.modules[path])
         return found if isinstance(found, str) else _Step("norm", path, found)
 
     def _activation(self, node: fx.Node, calls: int) -> _Step | str | None:
         act: str | Call
         if node.op == "call_module":
             act = str(node.target)
-            found = self.look.activation(self.modules[act])
+            found = self.facts.activation(self.modules[act])
             if found == IDENTITY:
                 return _Step("skip", act)
-        elif node.op == "call_method" or is_of_torch(node.target):
-            act = Call(node.target, tuple(node.args[1:]), dict(node.kwargs))
-            found = activation_of(act)
+        elif (call := Call.of(node)) is not None:
+            act, found = call, activation_of(call)
         else:
             return None
         if found is None or found == IDENTITY:
             return None
         key = self._key(node, calls)
         if isinstance(key, _Why):
-            return f"activation left native: {key}"
+            return f"activation left native: {key.reason}"
         return _Step("act", key, found, act)
 
     def _key(self, node: fx.Node, calls: int) -> str | tuple[str, int] | _Why:
-        """How to silence a call that happens beside each of a convolution's ``calls``.
-
-        A module that is called nowhere else is silenced itself. Otherwise the call has to come out
-        of the forward that makes it.
-        """
+        """How a call that is made beside each of a convolution's ``calls`` can be taken out: the
+        ``key`` of a :class:`_Step`, or why not."""
         if node.op == "call_module" and len(self.calls[str(node.target)]) == calls:
             return str(node.target)
         owner, kind = _owner(node), _kind(node, self.modules)
         module = self.modules[owner]
-        own = self.look.own_nodes(module)
+        own = self.facts.own_nodes(module)
         if isinstance(own, str):
             return _Why(own)
         inner = dict(module.named_modules())
+        # Where the owner's own forward makes such calls. In this graph they are repeated as often
+        # as that forward ran: the same position again after every len(positions) of them.
         positions = [i for i, n in enumerate(own) if _kind(n, inner) == kind]
         alike = self.alike[owner, kind]
         if not positions or len(alike) % len(positions):
@@ -347,16 +238,19 @@ class Graph:
 
     def _hooks_between(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether a module that holds only one of two calls has hooks: they would see a change."""
-        return any(self.modules[p] in self.look.hooked for p in set(callers(a)) ^ set(callers(b)))
+        return any(self.modules[p] in self.facts.hooked for p in set(callers(a)) ^ set(callers(b)))
 
 
-class _Why(str):
-    """A reason, where a plain string would be a path."""
+@dataclass(frozen=True)
+class _Why:
+    """Why a call cannot be taken out."""
+
+    reason: str
 
 
 def _owner(node: fx.Node) -> str:
     """The path of the module whose forward makes a call."""
-    return (*("",), *callers(node))[-1]
+    return callers(node)[-1] if callers(node) else ""
 
 
 def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, Any]:
@@ -364,15 +258,3 @@ def _kind(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, Any]:
     if node.op == "call_module":
         return node.op, id(modules[str(node.target)])
     return node.op, node.target
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_BEHAVIOUR = {"forward", "_conv_forward", "__call__", "__getattr__", "weight", "bias"}
-
-
-def take_hooks(module: nn.Module) -> bool:
-    """Remove a module's hooks, which must not see a trace; whether there were any."""
-    held = [hooks for name in _HOOKS if (hooks := getattr(module, name))]
-    for hooks in held:
-        hooks.clear()
-    return bool(held)

@@ -10,31 +10,34 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from mnet_kernels import tracing
-from mnet_kernels.chains import Look
-from mnet_kernels.draft import Draft
 from mnet_kernels.nn import is_depthwise
-from mnet_kernels.plan import Call, Run, Site, Stage
-from mnet_kernels.probe import IDENTITY, Activation, activation_of, is_sigmoid
+from mnet_kernels.reference import IDENTITY, Activation
+from mnet_kernels.runs.stages import Run, Stage
+from mnet_kernels.swap import tracing
+from mnet_kernels.swap.module_facts import ModuleFacts
+from mnet_kernels.swap.plan import Site
+from mnet_kernels.swap.probe import activation_of, is_sigmoid
+from mnet_kernels.swap.run_draft import Draft
+from mnet_kernels.swap.tracing import Call, join
 
 
-def find_runs(model: nn.Module, sites: list[Site], look: Look) -> dict[str, list[Run]]:
+def find_runs(model: nn.Module, sites: list[Site], facts: ModuleFacts) -> dict[str, list[Run]]:
     """The runs of at least two convolutions (of one Linear), by the path of their module.
 
     Args:
         model: a copy of what ``sites`` was found in, in eval mode.
         sites: what is fused; those that are not called through modules alone are left out.
-        look: what single modules are.
+        facts: what single modules are.
     """
     chained = {site.conv: site for site in sites if not site.removed}
     quiet = {path for site in chained.values() for path in site.absorbed}
-    finder = _Finder(chained, quiet, look)
+    finder = _Finder(chained, quiet, facts)
     runs: dict[str, list[Run]] = {}
     taken: list[str] = []
     for path, module in model.named_modules():
@@ -47,7 +50,7 @@ def find_runs(model: nn.Module, sites: list[Site], look: Look) -> dict[str, list
         runs[path] = found
         names = list(module._modules)
         taken += [
-            _join(path, name) + end
+            join(path, name) + end
             for run in found for name in names[run.start : run.stop] for end in (".", "")
         ]  # fmt: skip
     # Heads of networks without a run of convolutions are none of our business.
@@ -56,25 +59,31 @@ def find_runs(model: nn.Module, sites: list[Site], look: Look) -> dict[str, list
 
 
 class _Finder:
-    def __init__(self, sites: dict[str, Site], quiet: set[str], look: Look) -> None:
+    """What every module adds to a run.
+
+    Args:
+        sites: the fused convolutions, by path.
+        quiet: paths of the modules that they took over.
+        facts: what single modules are.
+    """
+
+    def __init__(self, sites: dict[str, Site], quiet: set[str], facts: ModuleFacts) -> None:
         self.sites = sites
         self.quiet = quiet
-        self.look = look
+        self.facts = facts
 
     def runs(self, owner: nn.Module, path: str) -> Iterator[Run]:
+        """The runs in ``owner``, a Sequential: each as many of its children as will go in one."""
         start, draft = 0, Draft()
-        for i, (name, child) in enumerate([*owner._modules.items(), ("", None)]):
-            longer = None if child is None else self._extended(draft, child, _join(path, name))
-            if longer is None and child is not None and draft.stages:
+        for i, (name, child) in enumerate(owner._modules.items()):
+            longer = self._extended(draft, child, join(path, name))
+            if longer is None and draft.stages:  # a run ends here, and perhaps the next begins
                 yield from self._finished(draft, start, i, owner, path)
-                start, draft = i, Draft()
-                longer = self._extended(draft, child, _join(path, name))
-            elif child is None:
-                yield from self._finished(draft, start, i, owner, path)
+                start, longer = i, self._extended(Draft(), child, join(path, name))
             if longer is None:
-                start, draft = i + 1, Draft()
-            else:
-                draft = longer
+                start, longer = i + 1, Draft()
+            draft = longer
+        yield from self._finished(draft, start, len(owner._modules), owner, path)
 
     def whole(self, owner: nn.Module, path: str) -> Iterator[Run]:
         """The run that is all that ``owner``, which is no Sequential, does."""
@@ -88,12 +97,13 @@ class _Finder:
     def _finished(
         self, draft: Draft, start: int, stop: int, owner: nn.Module, path: str
     ) -> Iterator[Run]:
+        """The draft of children ``[start, stop)`` as a run, if it is worth one."""
         prefix = len(path) + 1 if path else 0
         names = [stage.module for stage in draft.stages if stage.module is not None]
         if draft.flat_input:
             serves = bool(names)
         else:
-            # Some site is dense, and each of those may choose channels_last.
+            # At least one site is dense; and all dense ones may give channels_last, as a run does.
             dense = [
                 name for name in names
                 if name in self.sites
@@ -109,19 +119,21 @@ class _Finder:
                 start, stop, tuple(draft.stages), tuple(draft.inert), draft.flat_input, draft.flat
             )
 
-    def _extended(self, draft: Draft, module: nn.Module, path: str) -> Draft | None:
+    def _extended(self, draft: Draft, module: nn.Module | None, path: str) -> Draft | None:
         """The draft with what a module does; None if that is more than a run can hold."""
+        if module is None:
+            return None
         longer = draft.copy()
-        if self.module(longer, module, path):
+        if self.add_module(longer, module, path):
             return longer
         inner = [m for m in module.modules() if m is not module]
-        if self.look.is_leaf(module) or not inner:
+        if self.facts.is_leaf(module) or not inner:
             return None
         found = []
         try:
             for training in (True, False):  # evaluation comes last: that mode stays
                 module.train(training)
-                graph = tracing.trace(module, self.look.is_leaf)
+                graph = tracing.trace(module, self.facts.is_leaf)
                 longer = draft.copy()
                 read = _Reader(self, longer, dict(module.named_modules()), path).read(graph)
                 found.append(longer if read else None)
@@ -131,7 +143,7 @@ class _Finder:
             module.eval()
         return found[0] if found[0] == found[1] else None
 
-    def module(self, draft: Draft, module: nn.Module, path: str) -> bool:
+    def add_module(self, draft: Draft, module: nn.Module, path: str) -> bool:
         """Extends a draft by what a module does to its latest value, if it knows it."""
         one_pixel = draft.latest in draft.pooled
         forward = type(module).forward
@@ -146,48 +158,50 @@ class _Finder:
             return True
         if path in self.quiet or type(module) is nn.Identity:
             return True
-        if self.look.altered(module) is not None:
+        if self.facts.altered(module) is not None:
             return False
-        if self.look.activation(module) is None and self.look.rests(module):
+        if self.facts.activation(module) is None and self.facts.rests(module):
             draft.inert.append(path)
             return True
         if isinstance(module, nn.Conv2d):
-            plain = self.look.why_not_plain(module) is None and not self.look.pads_same(module)
+            plain = self.facts.why_not_plain(module) is None and not self.facts.pads_same(module)
             if draft.flat or not plain or module.groups > 1 or not _is_pointwise(module):
                 return False
             draft.convolve(path, module.in_channels, module.out_channels, one_pixel)
             return True
         if forward is nn.Linear.forward:
-            return self.linear(draft, cast(nn.Linear, module), path)
+            return self.add_linear(draft, cast(nn.Linear, module), path)
         if forward is nn.AdaptiveAvgPool2d.forward and not draft.flat:
             if module.output_size not in (1, (1, 1)):
                 return False
             draft.pool()
             return True
         if forward is nn.Flatten.forward:
-            return self.flattened(draft, (module.start_dim, module.end_dim))
-        return self.activated(draft, self.look.activation(module)) or (
-            self.look.sigmoid(module) and draft.sigmoid()
+            return self.add_flatten(draft, (module.start_dim, module.end_dim))
+        return self.add_activation(draft, self.facts.activation(module)) or (
+            self.facts.sigmoid(module) and draft.sigmoid()
         )
 
-    def linear(self, draft: Draft, module: nn.Linear, path: str) -> bool:
+    def add_linear(self, draft: Draft, module: nn.Linear, path: str) -> bool:
+        """A Linear is a 1x1 convolution of one pixel; a run may begin with one."""
         if draft.latest == 0:
             draft.flat = draft.flat_input = True
             draft.pooled.add(0)
-        if not draft.flat or self.look.altered(module) is not None:
+        if not draft.flat or self.facts.altered(module) is not None:
             return False
         draft.convolve(path, module.in_features, module.out_features, True)
         return True
 
     @staticmethod
-    def flattened(draft: Draft, dims: tuple[object, object]) -> bool:
+    def add_flatten(draft: Draft, dims: tuple[object, object]) -> bool:
+        """(N, C, 1, 1) to (N, C) changes no value. ``dims``: the first and the last one."""
         if draft.latest not in draft.pooled or dims not in ((1, -1), (1, 3)):
             return False
         draft.flat = True
         return True
 
-    def activated(self, draft: Draft, activation: Activation | None) -> bool:
-        """An activation goes to the plain convolution before it."""
+    def add_activation(self, draft: Draft, activation: Activation | None) -> bool:
+        """An activation goes to the plain convolution before it; fused ones have theirs already."""
         if activation == IDENTITY:
             return True
         last = draft.last_conv()
@@ -201,7 +215,7 @@ class _Finder:
 
 
 class _Reader:
-    """Extends a draft by a traced forward."""
+    """Extends a draft by a traced forward, node by node."""
 
     def __init__(
         self, finder: _Finder, draft: Draft, modules: dict[str, nn.Module], path: str
@@ -210,6 +224,7 @@ class _Reader:
         self.draft = draft
         self.modules = modules
         self.path = path
+        #: Which value of the run a node gives: see Stage.
         self.values: dict[fx.Node, int] = {}
 
     def read(self, graph: fx.Graph) -> bool:
@@ -249,7 +264,7 @@ class _Reader:
             name = str(node.target)
             known = (
                 len(node.args) == 1 and not node.kwargs
-                and finder.module(draft, self.modules[name], _join(self.path, name))
+                and finder.add_module(draft, self.modules[name], join(self.path, name))
             )  # fmt: skip
         elif (axes := _mean(node)) is not None and not draft.flat:
             draft.pool()
@@ -257,10 +272,9 @@ class _Reader:
             known = True
         elif node.target in (torch.flatten, "flatten"):
             given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
-            known = finder.flattened(draft, (given.get("start_dim", 0), given.get("end_dim", -1)))
-        elif node.op == "call_method" or tracing.is_of_torch(node.target):
-            call = Call(node.target, tuple(node.args[1:]), dict(node.kwargs))
-            known = finder.activated(draft, activation_of(call)) or (
+            known = finder.add_flatten(draft, (given.get("start_dim", 0), given.get("end_dim", -1)))
+        elif (call := Call.of(node)) is not None:
+            known = finder.add_activation(draft, activation_of(call)) or (
                 is_sigmoid(call) and draft.sigmoid()
             )
         else:
@@ -279,7 +293,8 @@ class _Reader:
         bias = None if module is None or module._parameters.get("bias") is None else f"{path}.bias"
         return (
             isinstance(module, nn.Linear) and names == [f"{path}.weight", bias]
-            and not node.kwargs and self.finder.linear(self.draft, module, _join(self.path, path))
+            and not node.kwargs
+            and self.finder.add_linear(self.draft, module, join(self.path, path))
         )  # fmt: skip
 
     def _seen_elsewhere(self, value: int) -> bool:
@@ -292,7 +307,7 @@ class _Reader:
         if (
             len(node.args) != 2 or len(inputs) != 2 or draft.latest not in inputs or node.kwargs
             or last is None or last.other is not None or last.activation != IDENTITY or draft.flat
-            or self._conv(last).groups != 1
+            or not self._is_dense(last)
             or self._seen_elsewhere(draft.latest)
         ):  # fmt: skip
             return False
@@ -302,10 +317,11 @@ class _Reader:
         draft.stages[-1] = replace(last, other=other)
         return True
 
-    def _conv(self, stage: Stage) -> Any:
-        """The module of a convolution of this graph; one of an earlier child has no groups."""
+    def _is_dense(self, stage: Stage) -> bool:
+        """Whether a stage is a dense convolution of this graph, and not of an earlier child's."""
         prefix = len(self.path) + 1 if self.path else 0
-        return self.modules.get(cast(str, stage.module)[prefix:], _ELSEWHERE)
+        module = self.modules.get(cast(str, stage.module)[prefix:])
+        return isinstance(module, nn.Conv2d) and module.groups == 1
 
     def _scaled(self, node: fx.Node, inputs: list[int]) -> bool:
         draft = self.draft
@@ -315,13 +331,6 @@ class _Reader:
         if draft.latest not in draft.pooled or other in draft.pooled or draft.flat:
             return False
         return draft.scale(other)
-
-
-class _Elsewhere:
-    groups = 0
-
-
-_ELSEWHERE = _Elsewhere()
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
@@ -353,7 +362,3 @@ def _mean(node: fx.Node) -> str | None:
         node.args[1:] in [(size,) for size in sizes] or node.kwargs.get("output_size") in sizes
     )
     return "kept" if is_pool else None
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

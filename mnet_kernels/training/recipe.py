@@ -14,12 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnet_kernels import backends
-
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-#: The network with the best kernels swapped in, plain PyTorch, or swapped with this backend only.
-BACKENDS = ("swap", "native", *(name for name in backends.NAMES if name != "native"))
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,7 @@ class Recipe:
     precision: str = "fp32"
     layout: str = "channels_last"  #: half as fast again as contiguous in eager PyTorch on CPUs
     compile: bool = False
+    #: "swap": the best kernels there are; "native": plain PyTorch; else swapped with this one only.
     backend: str = "swap"
     seed: int = 0
     workers: int = 0

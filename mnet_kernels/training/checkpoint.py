@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mnet_kernels.data import InputError
+from mnet_kernels.inputs import InputError
 from mnet_kernels.models import mobilenet_v1
 
 FORMAT = "mnet_kernels training 1"

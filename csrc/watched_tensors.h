@@ -1,5 +1,5 @@
-// Tensors whose addresses are looked at from C++, by a number that stands for a list of them.
-// No torch header: bindings.cpp includes this.
+// Lists of tensors, each known to Python by a number, and whether they still lie where they lay.
+// Used by watch.h. No torch header: bindings.cpp includes this.
 #pragma once
 
 #include <cstddef>
@@ -10,10 +10,8 @@
 
 namespace mnet {
 
-constexpr std::size_t kLine = 64;
-
-// Some bytes in lines that begin every `step` bytes, and where in a copy of many such pieces they
-// are again, one after the other.
+// `size` bytes in memory, in cache lines that begin every `step` bytes; `copy`: where in a copy of
+// many such pieces they are again, one after the other.
 struct Piece {
   const char* from;
   std::size_t size, step, copy;

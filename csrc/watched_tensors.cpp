@@ -1,4 +1,4 @@
-#include "watched.h"
+#include "watched_tensors.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

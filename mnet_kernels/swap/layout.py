@@ -17,8 +17,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from mnet_kernels.nn import SamePad2d
+from mnet_kernels.swap.probe import activation_of
+from mnet_kernels.swap.tracing import Call
 
-#: The result has its input's format; nothing else depends on the format.
+#: The result has its input's format; nothing else depends on the format. (So it is with our own
+#: activations, which are recognised by running them.)
 _KEEPS_FORWARDS = {
     cls.forward
     for cls in (
@@ -29,14 +32,13 @@ _KEEPS_FORWARDS = {
 }  # fmt: skip
 _KEEPS_FUNCTIONS = {
     operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv,
-    torch.add, torch.mul, torch.cat, torch.relu, torch.sigmoid, torch.clamp,
+    torch.add, torch.mul, torch.cat, torch.sigmoid, torch.clamp,
     operator.getitem, torch.chunk, torch.split,
-    F.relu, F.relu6, F.leaky_relu, F.hardtanh, F.hardswish, F.hardsigmoid, F.silu, F.sigmoid,
-    F.gelu, F.dropout, F.dropout2d, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.pad,
+    F.hardtanh, F.sigmoid, F.gelu, F.dropout, F.dropout2d, F.max_pool2d, F.avg_pool2d,
+    F.adaptive_avg_pool2d, F.pad,
 }  # fmt: skip
 _KEEPS_METHODS = {
-    "add", "add_", "mul", "mul_", "relu", "relu_", "sigmoid", "sigmoid_", "clamp", "clamp_",
-    "chunk", "split",
+    "add", "add_", "mul", "mul_", "sigmoid", "sigmoid_", "clamp", "clamp_", "chunk", "split",
 }  # fmt: skip
 
 
@@ -68,8 +70,11 @@ def _keeps(
         return _forward(module) in _KEEPS_FORWARDS or keeps_format(module)
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        return node.target in _KEEPS_FUNCTIONS or name == "stochastic_depth"
-    return node.op == "call_method" and node.target in _KEEPS_METHODS
+        known = node.target in _KEEPS_FUNCTIONS or name == "stochastic_depth"
+    else:
+        known = node.op == "call_method" and node.target in _KEEPS_METHODS
+    call = Call.of(node)
+    return known or (call is not None and activation_of(call) is not None)
 
 
 def _ends(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

@@ -15,11 +15,14 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from mnet_kernels import tracing
-from mnet_kernels.chains import Graph, Look, take_hooks
 from mnet_kernels.nn import is_depthwise
-from mnet_kernels.plan import Left, Plan, Site, describe
-from mnet_kernels.runs import find_runs
+from mnet_kernels.swap import tracing
+from mnet_kernels.swap.find_runs import find_runs
+from mnet_kernels.swap.module_facts import ModuleFacts, take_hooks
+from mnet_kernels.swap.neighbours import TracedForward
+from mnet_kernels.swap.plan import Left, Plan, Site, describe
+from mnet_kernels.swap.source import called_only, is_container
+from mnet_kernels.swap.tracing import join
 
 
 def find(model: nn.Module) -> Plan:
@@ -60,14 +63,14 @@ class _Finder:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.look = Look({module for module in model.modules() if take_hooks(module)})
+        self.facts = ModuleFacts({module for module in model.modules() if take_hooks(module)})
 
     def run(self) -> Plan:
         plan = Plan()
         parts = list(self._parts(self.model, "", plan))
         seen = collections.Counter(id(m) for part in parts for m in part.members)
         for part in parts:
-            paths = {name: _join(part.path, name) for name, _ in part.root.named_modules()}
+            paths = {name: join(part.path, name) for name, _ in part.root.named_modules()}
             for site in part.plan.sites:
                 used = (site.conv, site.norm, *site.absorbed, *(owner for owner, _ in site.removed))
                 if any(seen[id(part.root.get_submodule(p))] > 1 for p in used if p is not None):
@@ -79,7 +82,7 @@ class _Finder:
         order = {path: n for n, (path, _) in enumerate(self.model.named_modules())}
         plan.sites.sort(key=lambda site: order.get(site.conv, 0))
         plan.left.sort(key=lambda row: order.get(row.module, 0))
-        plan.runs = find_runs(self.model.eval(), plan.sites, self.look)
+        plan.runs = find_runs(self.model.eval(), plan.sites, self.facts)
         return plan
 
     def _parts(self, root: nn.Module, path: str, plan: Plan) -> Iterator[_Part]:
@@ -90,7 +93,7 @@ class _Finder:
         if not any(isinstance(m, _ConvNd) for m in root.modules()):
             return
         error: Exception | None = None
-        for opaque in () if tracing.is_container(root) else (False, True):
+        for opaque in () if is_container(root) else (False, True):
             try:
                 part, closed = self._traced(root, path, opaque)
             except Exception as caught:  # tracing runs the model's own code
@@ -98,15 +101,15 @@ class _Finder:
                 continue
             yield part
             for name in closed:
-                yield from self._parts(root.get_submodule(name), _join(path, name), plan)
+                yield from self._parts(root.get_submodule(name), join(path, name), plan)
             return
         if error is not None:
             reason = f"cannot be traced ({tracing.brief(error)})"
             plan.left.append(Left(path, type(root).__name__, reason))
         below: set[nn.Module] = set()
-        for name, module in tracing.called_only(root):
+        for name, module in called_only(root):
             below.update(module.modules())
-            yield from self._parts(module, _join(path, name), plan)
+            yield from self._parts(module, join(path, name), plan)
         reason = "a forward that cannot be traced does more with it than call it"
         for name, module in root.named_modules(prefix=path):
             if isinstance(module, _ConvNd) and module not in below:
@@ -114,9 +117,9 @@ class _Finder:
 
     def _lone(self, conv: nn.Module) -> Plan:
         """A convolution of which only the call is known."""
-        reason = self.look.why_not_plain(conv)
+        reason = self.facts.why_not_plain(conv)
         if reason is None and isinstance(conv, nn.Conv2d) and is_depthwise(conv):
-            pad: Any = "same" if self.look.pads_same(conv) else (0, 0, 0, 0)
+            pad: Any = "same" if self.facts.pads_same(conv) else (0, 0, 0, 0)
             note = "called by a forward not traced"
             return Plan(sites=[Site("", describe(conv), pad=pad, note=note)])
         reason = reason or "called by a forward that cannot be traced"
@@ -129,7 +132,7 @@ class _Finder:
         paths come second.
         """
         graphs, closed, called = {}, set(), set()
-        is_leaf = self.look.is_leaf_or_opaque if opaque else self.look.is_leaf
+        is_leaf = self.facts.is_leaf_or_opaque if opaque else self.facts.is_leaf
         for module in _innermost_first(root):
             is_leaf(module)  # found out now: while a trace goes on, modules cannot be run
         for training in (True, False):
@@ -139,16 +142,18 @@ class _Finder:
                 if node.op == "call_module":
                     module = root.get_submodule(str(node.target))
                     called.add(module)
-                    if not self.look.is_leaf(module):
+                    if not self.facts.is_leaf(module):
                         closed.add(str(node.target))
         members = called | _reached(root, {root.get_submodule(name) for name in closed})
-        found = {mode: Graph(root, graph, self.look).plan() for mode, graph in graphs.items()}
+        found = {
+            mode: TracedForward(root, graph, self.facts).plan() for mode, graph in graphs.items()
+        }
         plan = Plan(left=[x for x in found[False].left if root.get_submodule(x.module) in members])
         in_training = {site.conv: site for site in found[True].sites}
         for site in found[False].sites:
             other = in_training.get(site.conv)
             # Only of the whole model is it known that nobody else uses what comes out.
-            whole = root is self.model and not self.look.hooked
+            whole = root is self.model and not self.facts.hooked
             free = whole and other is not None and other.free_layout and site.free_layout
             site = replace(site, free_layout=free)
             if other is not None and replace(other, free_layout=free) == site:
@@ -157,10 +162,6 @@ class _Finder:
                 reason = "used differently in training and in eval mode"
                 plan.left.append(Left(site.conv, site.pattern, reason))
         return _Part(path, root, members, plan), sorted(closed)
-
-
-def _join(*path: str) -> str:
-    return ".".join(part for part in path if part)
 
 
 def _innermost_first(root: nn.Module) -> Iterator[nn.Module]:

@@ -1,14 +1,16 @@
-"""Runs of fused convolutions inside an ``nn.Sequential``, as one operator call each.
+"""Calls a run: on the CPU all of it as one operator (``conv_sequence``).
 
-What passes between the convolutions of a run then stays in memory that the operator keeps, and
-Python is entered once instead of once a convolution. A run is taken only at calls where nobody
-could tell the difference; at all others its modules are called one by one.
+What passes between the layers of a run then stays in memory that the operator keeps, and Python is
+entered once instead of once a layer. A run is taken only at calls where nobody could tell the
+difference (no hooks, no gradients, nothing exchanged since); at all others its modules are called
+one by one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, cast
 
 import torch
@@ -17,73 +19,31 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from mnet_kernels import ops
-from mnet_kernels.fold import Watch, fold, statistics_of
-from mnet_kernels.nn import FusedConv2d, Fusion, declared_shape, in_functorch, recorded
-from mnet_kernels.one_pass import Blocks
-from mnet_kernels.plan import Run
-from mnet_kernels.probe import Activation
-from mnet_kernels.reference import ACTIVATIONS
+from mnet_kernels.nn import FusedConv2d, Fusion
+from mnet_kernels.nn.fold import fold, statistics_of
+from mnet_kernels.nn.fused import declared_shape, in_functorch, recorded
+from mnet_kernels.nn.snapshot import Watch
+from mnet_kernels.reference import ACTIVATIONS, Activation
+from mnet_kernels.runs.stage_by_stage import StageByStage
+from mnet_kernels.runs.stages import Run
 
 _Conv = FusedConv2d | nn.Conv2d | nn.Linear
 
 _conv_sequence = torch.ops.mnet_kernels.conv_sequence.default
-#: Columns of the operator's `stages`.
+#: Columns of the operator's `stages`; csrc/cpu/sequence.h has them all.
 KIND, OTHER = 0, 14
 
 
-class Sequenced:
-    """The forward of a Sequential with runs in it."""
+class Kind(IntEnum):
+    """What stands in the column KIND: csrc/cpu/sequence.cpp reads the same numbers."""
 
-    def __init__(self, owner: nn.Sequential, runs: list[Run], fast: nn.Module) -> None:
-        self.owner = owner
-        self.runs = [(run.start, run.stop, Runner(owner, run, fast)) for run in runs]
-
-    def __call__(self, x: Any) -> Any:
-        children = list(self.owner._modules.values())
-        done = 0
-        for start, stop, runner in self.runs:
-            for child in children[done:start]:
-                x = cast(nn.Module, child)(x)
-            done = start
-            y = runner(x)
-            if y is not None:
-                x, done = y, stop
-        for child in children[done:]:
-            x = cast(nn.Module, child)(x)
-        return x
-
-    __code__ = __call__.__code__  # torch.export asks a forward where it was written
-
-
-class Whole:
-    """The forward of a module, no Sequential, that is one run."""
-
-    def __init__(self, owner: nn.Module, runs: list[Run], fast: nn.Module) -> None:
-        self.owner = owner
-        (run,) = runs
-        self.runs = [(run.start, run.stop, Runner(owner, run, fast))]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and not kwargs:
-            y = self.runs[0][2](args[0])
-            if y is not None:
-                return y
-        return type(self.owner).forward(self.owner, *args, **kwargs)
-
-    __code__ = __call__.__code__
-
-
-def sequenced(owner: nn.Module, runs: list[Run], fast: nn.Module) -> Sequenced | Whole:
-    """The forward of a module with runs."""
-    if type(owner).forward is nn.Sequential.forward:
-        return Sequenced(cast(nn.Sequential, owner), runs, fast)
-    return Whole(owner, runs, fast)
-
-
-def run_sequence(x: Tensor, stages: Tensor, constants: Tensor) -> Tensor:
-    """The operator itself; csrc/cpu/sequence.h says what is in ``stages`` and
-    ``constants``."""
-    return _conv_sequence(x, stages, constants)
+    DEPTHWISE = 0  # the cost model decides whether it goes in one pass with the stage after it
+    DENSE = 1
+    DEPTHWISE_PAIRED = 2  # always, where it can be
+    DEPTHWISE_APART = 3  # never
+    POOL = 4
+    SCALE = 5
+    SIGMOID = 6
 
 
 @dataclass(frozen=True)
@@ -126,15 +86,15 @@ class Runner:
         self.tree = [(m._modules, tuple(m._modules.values())) for m in (owner, *self.parents)]
         self.forwards = [m.__dict__.get("forward") for m in self.parents]
         self.hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self.blocks = Blocks(run.stages, self.modules)
+        self.stage_by_stage = StageByStage(run.stages, self.modules)
         self._packed: _Packed | None = None
         self._seen: tuple[torch.Size, torch.dtype] | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:
         y = self.on_cpu(x)
-        if y is None and self.blocks.serve(x) and self._can_go_in_blocks(x):
+        if y is None and self.stage_by_stage.serves(x) and self._can_go_stage_by_stage(x):
             self._seen = None  # what is told of pairs is told of this call
-            y = self.blocks(x)
+            y = self.stage_by_stage(x)
             return y.flatten(1) if self.run.flat_output else y
         return y
 
@@ -234,7 +194,7 @@ class Runner:
             and not (nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks)
         )
 
-    def _can_go_in_blocks(self, x: Tensor) -> bool:
+    def _can_go_stage_by_stage(self, x: Tensor) -> bool:
         return (
             not recorded()
             and not in_functorch()
@@ -263,7 +223,7 @@ class Runner:
         for stage, conv in zip(self.run.stages, self.modules, strict=True):
             other = -1 if stage.other is None else stage.other
             if conv is None:
-                kind = {"pool": 4, "scale": 5, "sigmoid": 6}[stage.kind]
+                kind = Kind[stage.kind.upper()]
                 rows.append([kind, channels, channels, *[1] * 6, *[0] * 5, other, 0])
                 continue
             channels = conv.weight.shape[0]
@@ -285,15 +245,19 @@ def _inputs(conv: _Conv) -> int:
     return conv.in_features if isinstance(conv, nn.Linear) else conv.in_channels
 
 
+#: By ``fusion.pair``.
+_DEPTHWISE = {None: Kind.DEPTHWISE, True: Kind.DEPTHWISE_PAIRED, False: Kind.DEPTHWISE_APART}
+
+
 def _row(conv: _Conv, activation: Activation) -> list[int]:
     """A convolution's row of `stages` up to its activation; ``activation``: a plain one's."""
     names = list(ACTIVATIONS)
     outputs, inputs = conv.weight.shape[0], _inputs(conv)
     if not isinstance(conv, FusedConv2d):  # 1x1
-        return [1, inputs, outputs, *[1] * 6, *[0] * 4, names.index(activation.name)]
+        return [Kind.DENSE, inputs, outputs, *[1] * 6, *[0] * 4, names.index(activation.name)]
     fusion = conv.fusion
     edges = (-1,) * 4 if fusion.pad == "same" else conv.padding_edges()
-    kind = 1 if conv.groups == 1 else {None: 0, True: 2, False: 3}[fusion.pair]
+    kind = Kind.DENSE if conv.groups == 1 else _DEPTHWISE[fusion.pair]
     return [
         kind, inputs, outputs, *conv.kernel_size, *conv.stride, *conv.dilation, *edges,
         names.index(fusion.activation),

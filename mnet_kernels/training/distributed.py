@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mnet_kernels.batches import deaf_to_workers
-from mnet_kernels.data import InputError
+from mnet_kernels.inputs import InputError
+from mnet_kernels.training.batches import deaf_to_workers
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mnet_kernels.data import InputError
+from mnet_kernels.inputs import InputError
 
 #: What random numbers are for.
 ORDER, AUGMENTATION, DROPOUT = 0, 1, 2

@@ -18,24 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnet_kernels.reference import ACTIVATIONS, same_padding
+from mnet_kernels.reference import ACTIVATIONS, IDENTITY, Activation, same_padding
 
 _Answer = TypeVar("_Answer")
 
 _EDGES = [0.0, -0.0, 3.0, -3.0, 6.0, 1e-3, -1e-3, 1e4, -1e4, float("inf"), -float("inf")]
 _NORM_PARAMETERS = {"weight", "bias"}
 _NORM_BUFFERS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
-
-
-@dataclass(frozen=True)
-class Activation:
-    """A name in ACTIVATIONS, and leaky_relu's slope."""
-
-    name: str
-    slope: float = 0.01
-
-
-IDENTITY = Activation("identity")
 
 
 @dataclass(frozen=True)
@@ -238,7 +227,7 @@ def _unlike_batch_norm(module: Any, x: Tensor, activation: Activation) -> str | 
             twin.load_state_dict(module.state_dict())
             module.momentum = momentum
             for batch in (x * 0.01, x.flip(0) * 2 + 1):
-                expected = ACTIVATIONS[activation.name](twin(batch), activation.slope)
+                expected = activation(twin(batch))
                 torch.testing.assert_close(_run(module, batch.clone())[0], expected)
             torch.testing.assert_close(module.state_dict(), twin.state_dict())
     except Exception:
@@ -280,9 +269,9 @@ def _matching(z: Tensor, y: Tensor, names: list[str]) -> Activation | None:
     for name in names:
         if name == "leaky_relu" and not 0 < slope < 1:
             continue
-        expected = ACTIVATIONS[name](z, slope)
-        if _close(y, expected):
-            return Activation(name, slope if name == "leaky_relu" else 0.01)
+        candidate = Activation(name, slope) if name == "leaky_relu" else Activation(name)
+        if _close(y, candidate(z)):
+            return candidate
     return None
 
 

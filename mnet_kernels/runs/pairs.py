@@ -16,10 +16,13 @@ import torch
 from torch import nn
 
 from mnet_kernels.nn import FusedConv2d, Fusion
-from mnet_kernels.one_pass import Blocks, Decision, in_one_pass, why_apart
-from mnet_kernels.sequences import KIND, OTHER, Runner, Sequenced, Whole, run_sequence
+from mnet_kernels.runs.forwards import Sequenced, Whole
+from mnet_kernels.runs.one_pass import in_one_pass, why_apart
+from mnet_kernels.runs.runner import KIND, OTHER, Kind, Runner
+from mnet_kernels.runs.stage_by_stage import PairDecision, StageByStage
 from mnet_kernels.timing import interleave, ratio
 
+_conv_sequence = torch.ops.mnet_kernels.conv_sequence.default
 _plan = torch.ops.mnet_kernels.conv_sequence_plan.default
 _ROUNDS = 9
 
@@ -46,14 +49,14 @@ def pairs(runner: Runner) -> list[Pair]:
     """The pairs of a run, decided for its latest input and the threads there are now; none before
     the first call."""
     if runner.latest is None:
-        return list(_pairs_in_blocks(runner))
+        return list(_pairs_stage_by_stage(runner))
     shape, dtype, stages, constants = runner.latest
     x = torch.empty(1, dtype=dtype).expand(shape)  # only its shape is looked at
     numbers = _plan(x, stages, constants, torch.get_num_threads())
     found = []
     for i in range(len(stages)):
         together, fused, separate = numbers[3 * i : 3 * i + 3]
-        if fused == separate == 0:
+        if fused == separate == 0:  # no pair begins here
             continue
         depthwise, pointwise = runner.run.stages[i : i + 2]
         told = _fusion(runner, i).pair
@@ -66,8 +69,8 @@ def pairs(runner: Runner) -> list[Pair]:
     return found
 
 
-def _pairs_in_blocks(runner: Runner) -> Iterator[Pair]:
-    for i, made in sorted(runner.blocks.decisions.items()):
+def _pairs_stage_by_stage(runner: Runner) -> Iterator[Pair]:
+    for i, made in sorted(runner.stage_by_stage.decisions.items()):
         depthwise, pointwise = runner.run.stages[i : i + 2]
         yield Pair(str(depthwise.module), str(pointwise.module), made.one_pass, made.reason)
 
@@ -75,8 +78,8 @@ def _pairs_in_blocks(runner: Runner) -> Iterator[Pair]:
 def measure(runner: Runner) -> None:
     """Set every pair of a run to the way that is faster on an input like its latest."""
     if runner.latest is None:
-        for i, made in runner.blocks.decisions.items():
-            _measure_in_blocks(runner.blocks, i, made)
+        for i, made in runner.stage_by_stage.decisions.items():
+            _measure_stage_by_stage(runner.stage_by_stage, i, made)
         return
     shape, dtype, stages, constants = runner.latest
     x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -84,19 +87,19 @@ def measure(runner: Runner) -> None:
     for i, stage in enumerate(runner.run.stages):
         if stage.module not in can_pair:
             continue
-        before = x if i == 0 else run_sequence(x, stages[:i], constants)
+        before = x if i == 0 else _conv_sequence(x, stages[:i], constants)
         calls = {}
-        for way, kind in (("one pass", 2), ("apart", 3)):
+        for way, kind in (("one pass", Kind.DEPTHWISE_PAIRED), ("apart", Kind.DEPTHWISE_APART)):
             rows = stages[i : i + 2].clone()
             rows[0, KIND] = kind
             rows[:, OTHER] = -1
-            calls[way] = partial(run_sequence, before, rows, constants)
+            calls[way] = partial(_conv_sequence, before, rows, constants)
         done = interleave(calls, rounds=_ROUNDS)
         _fusion(runner, i).pair = ratio(done["apart"], done["one pass"]).median >= 1
 
 
-def _measure_in_blocks(blocks: Blocks, i: int, made: Decision) -> None:
-    dw, pw = blocks.halves(i)
+def _measure_stage_by_stage(stages: StageByStage, i: int, made: PairDecision) -> None:
+    dw, pw = stages.halves(i)
     x = torch.randn(made.shape, device=dw.weight.device).to(
         dw.weight.dtype, memory_format=made.layout
     )

@@ -1,6 +1,6 @@
-"""Depthwise convolutions and the 1x1 convolutions after them, modules both, in one operator call.
+"""A run on a GPU: its stages one by one, but pairs in one pass where that pays.
 
-On the CPU, runs do it by themselves (sequences.py); here is what a GPU does, and Triton.
+On the CPU one operator does the whole run (runner.py), pairs included.
 """
 
 from __future__ import annotations
@@ -12,59 +12,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mnet_kernels.backends import TRITON_INTERPRETED
-from mnet_kernels.gpu_cost import gpu_of, seconds
-from mnet_kernels.nn import FusedConv2d, in_functorch, is_depthwise
-from mnet_kernels.plan import Stage
-from mnet_kernels.reference import ACTIVATIONS
+from mnet_kernels.gpu_cost import gpu_of, separable_seconds
+from mnet_kernels.nn import FusedConv2d, is_depthwise
 from mnet_kernels.registration import layout_of, may_use_tf32
-from mnet_kernels.separable import separable_conv, why_composed
-
-
-def why_apart(dw: FusedConv2d, pw: FusedConv2d, x: Tensor) -> str | None:
-    """The sentence why a call runs the two one after the other, or None."""
-    for half in (dw, pw):
-        if x.dim() != 4 or (x.dtype, x.device) != (half.weight.dtype, half.weight.device):
-            return "input and weights differ in dtype or device"
-        if half.uses_batch_statistics():
-            return "statistics of the batch are taken half by half"
-        if (reason := half.why_native(x.device, x.dtype)) is not None:
-            return reason
-    if torch.is_autocast_enabled(x.device.type) or in_functorch():
-        return "autocast and functorch go through the halves"
-    return why_composed(x.device, x.dtype, _backend(dw))
-
-
-def in_one_pass(
-    dw: FusedConv2d, pw: FusedConv2d, x: Tensor, residual: Tensor | None = None
-) -> Tensor:
-    """``pw(dw(x)) + residual``, where :func:`why_apart` has nothing against it."""
-    return separable_conv(
-        x,
-        *dw._depthwise_constants(x, dw.weight),
-        *pw._constants(x, pw.weight, "as_is"),
-        residual=residual,
-        stride=dw.stride,
-        padding="same" if dw.fusion.pad == "same" else dw.padding_edges(),
-        dilation=dw.dilation,
-        dw_activation=dw.fusion.activation,
-        pw_activation=pw.fusion.activation,
-        slope=_slopes(dw, pw).pop(),
-        backend=_backend(dw),
-    )
-
-
-def _backend(dw: FusedConv2d) -> str | None:
-    return dw.fusion.backend or dw.fusion.preferred
-
-
-def _slopes(*halves: FusedConv2d) -> set[float]:
-    """What leaky_relus have; one operator has one."""
-    return {h.fusion.slope for h in halves if h.fusion.activation == "leaky_relu"} or {0.01}
+from mnet_kernels.runs.one_pass import in_one_pass, slopes, why_apart
+from mnet_kernels.runs.stages import Stage
+from mnet_kernels.triton import TRITON_INTERPRETED
 
 
 @dataclass(frozen=True)
-class Decision:
+class PairDecision:
     """How a pair went at its latest input, and why."""
 
     shape: torch.Size
@@ -73,7 +30,7 @@ class Decision:
     reason: str
 
 
-class Blocks:
+class StageByStage:
     """The stages of a run one by one, but pairs in one pass where the cost model says that this
     pays (gpu_cost.py), or ``fusion.pair`` of the depthwise convolution does."""
 
@@ -82,7 +39,7 @@ class Blocks:
         #: The last stage that reads a value besides the one before it.
         self.readers = {s.other: i for i, s in enumerate(stages) if s.other is not None}
         self.has_pairs = bool(self.pairs())
-        self.decisions: dict[int, Decision] = {}
+        self.decisions: dict[int, PairDecision] = {}
 
     def pairs(self) -> list[int]:
         """Stages that are the depthwise half of a pair."""
@@ -98,14 +55,14 @@ class Blocks:
             and pw.fusion.pad == (0, 0, 0, 0) == pw.padding_edges()
             and self.stages[i].other is None
             and i + 1 not in self.readers
-            and len(_slopes(dw, pw)) == 1
+            and len(slopes(dw, pw)) == 1
         )
 
     def halves(self, i: int) -> tuple[FusedConv2d, FusedConv2d]:
         """Both halves of the pair that begins at stage i."""
         return cast(tuple[FusedConv2d, FusedConv2d], tuple(self.modules[i : i + 2]))
 
-    def serve(self, x: object) -> bool:
+    def serves(self, x: object) -> bool:
         """Whether some pair may go in one pass here; it costs little to ask."""
         return (
             self.has_pairs
@@ -142,13 +99,13 @@ class Blocks:
             one, two = _estimate(dw, pw, x)
             one_pass = one <= two
             reason = f"estimated {one * 1e6:.1f} µs in one pass, {two * 1e6:.1f} µs apart"
-        self.decisions[i] = Decision(x.shape, layout_of(x), one_pass, reason)
+        self.decisions[i] = PairDecision(x.shape, layout_of(x), one_pass, reason)
         return one_pass
 
 
 def _estimate(dw: FusedConv2d, pw: FusedConv2d, x: Tensor) -> tuple[float, float]:
     height, width = dw.output_size(x)
-    return seconds(
+    return separable_seconds(
         x.shape[0] * height * width,
         x.shape[0] * x.shape[2] * x.shape[3],
         dw.out_channels,
@@ -173,5 +130,5 @@ def _one(stage: Stage, module: nn.Module | None, x: Tensor, values: dict[int, Te
     linear = isinstance(module, nn.Linear)
     y = module(x.flatten(1))[:, :, None, None] if linear else module(x)
     if not isinstance(module, FusedConv2d):
-        y = ACTIVATIONS[stage.activation.name](y, stage.activation.slope)
+        y = stage.activation(y)
     return y if other is None else y + other

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from os import PathLike
 from typing import Any, cast
@@ -20,13 +21,25 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from mnet_kernels.decisions import Explanation, Swapped, load, measure, record_of
-from mnet_kernels.nn import FusedConv2d, Fusion, PixelConv2d, absorbed, check_backend
-from mnet_kernels.pairs import runners
-from mnet_kernels.patterns import find
-from mnet_kernels.plan import Plan, Site
-from mnet_kernels.sequences import sequenced
-from mnet_kernels.tracing import Shortened
+from mnet_kernels.nn import FusedConv2d, Fusion, PixelConv2d
+from mnet_kernels.nn.fused import check_backend
+from mnet_kernels.runs.forwards import sequenced
+from mnet_kernels.runs.pairs import runners
+from mnet_kernels.swap.decisions import load, measure
+from mnet_kernels.swap.explanation import Explanation
+from mnet_kernels.swap.find import find
+from mnet_kernels.swap.plan import Plan, Site
+from mnet_kernels.swap.tracing import Shortened
+
+
+@dataclass
+class Swapped:
+    """What a swapped model remembers."""
+
+    original: nn.Module
+    plan: Plan
+    #: Every module of it when it was made, and that of ``original`` that it is a copy of.
+    twins: list[tuple[nn.Module, nn.Module]]
 
 
 def swap(
@@ -156,6 +169,19 @@ def sites(fast: nn.Module) -> Iterator[tuple[str, FusedConv2d]]:
             yield site.conv, module
 
 
+def record_of(fast: object, operator: str) -> Swapped:
+    """The record of a swapped model.
+
+    Raises:
+        TypeError: it is none.
+    """
+    record = fast.__dict__.get("_mnet_swapped") if isinstance(fast, nn.Module) else None
+    if record is None:
+        got = f"{type(fast).__module__}.{type(fast).__qualname__}"
+        raise TypeError(f"{operator}: expected a model made by swap, got {got} that was not")
+    return record
+
+
 def _checked(model: object) -> nn.Module:
     got = f"{type(model).__module__}.{type(model).__qualname__}"
     if not isinstance(model, nn.Module):
@@ -227,6 +253,11 @@ def _apply(plan: Plan, fast: nn.Module, backend: str | None) -> None:
     if backend in (None, "cpu"):
         for module in fast.modules():
             PixelConv2d.take(module)
+
+
+def absorbed(x: Tensor) -> Tensor:
+    """The forward of a module whose work a FusedConv2d does: it hands its input on."""
+    return x
 
 
 def _fusion(site: Site, fast: nn.Module, backend: str | None) -> Fusion:
