@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torchvision
 from peers import LAST
 from shapes import shapes
 from torch import Tensor, nn
@@ -21,8 +22,12 @@ from mnet_kernels.training.recipe import nadam, step
 
 LAYERS = shapes("mobilenet_v1")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-#: alpha, size, batch
-STEPS = [(0.5, 32, 32), (0.5, 32, 128), (1.0, 224, 8), (1.0, 224, 32)]
+#: network, size, batch
+STEPS = [
+    ("mobilenet_v1 alpha 0.5", 32, 32), ("mobilenet_v1 alpha 0.5", 32, 128),
+    ("mobilenet_v1 alpha 1", 224, 8), ("mobilenet_v1 alpha 1", 224, 32),
+    ("mobilenet_v2", 224, 8), ("mobilenet_v3_large", 224, 8),
+]  # fmt: skip
 Call = Callable[[], Tensor]
 
 
@@ -110,10 +115,18 @@ def test_layer(measure, shape, dtype):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("alpha,size,batch", STEPS)
-def test_step(measure, alpha, size, batch):
+def _network(name: str, classes: int) -> nn.Module:
+    """Without dropout, which would draw other numbers for everybody."""
+    name, _, alpha = name.partition(" alpha ")
+    if alpha:
+        return mobilenet_v1(float(alpha), classes, dropout=0.0)
+    return getattr(torchvision.models, name)(num_classes=classes, dropout=0.0)
+
+
+@pytest.mark.parametrize("name,size,batch", STEPS)
+def test_step(measure, name, size, batch):
     """A step of the recipe: forward, loss, backward, NAdam. Its error is that of the loss."""
-    model = mobilenet_v1(alpha, 10 if size == 32 else 1000, dropout=0.0).train()
+    model = _network(name, 10 if size == 32 else 1000).train()
     x, y = torch.randn(batch, 3, size, size), torch.arange(batch) % 10
     with torch.no_grad():
         logits = copy.deepcopy(model).double()(x.double())
@@ -139,6 +152,6 @@ def test_step(measure, alpha, size, batch):
     measure(
         stepping(swap(copied()), last), peers, exact, tolerance=1e-3, grad=True, budget_s=12,
         others={"ours contiguous": stepping(swap(copy.deepcopy(model)), x)},
-        kind="training", model=f"mobilenet_v1 alpha {alpha:g}", size=size, batch=batch,
+        kind="training", model=name, size=size, batch=batch,
         dtype="float32", direction="forward+backward",
     )  # fmt: skip

@@ -70,7 +70,7 @@ def test_any_kernel_stride_dilation_padding(channels_last, multiplier, kernel, c
 @both_layouts
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(instruction_set, channels_last, activation):
-    for kernel in (3, 2):  # by rows, by planes
+    for kernel in (3, 2):  # contiguous: by rows, by planes
         p = problem(
             (2, 17, 5, 9), (kernel, kernel), channels_last=channels_last, padding=1,
             activation=activation, slope=0.2,
@@ -101,6 +101,26 @@ def test_many_blocks_of_pixels(channels_last, shape, threads):
     torch.set_num_threads(threads)
     p = problem(shape, channels_last=channels_last, padding=1)
     assert_correct(p, run(p))
+
+
+@poisoned
+@pytest.mark.parametrize(
+    "kernel,constants",
+    [
+        ((7, 7), {"padding": 3}),
+        ((3, 3), {"dilation": (2, 4), "padding": (2, 4)}),
+        ((5, 2), {"stride": (1, 3), "dilation": (3, 2), "padding": (0, 7, 5, 1)}),
+        ((1, 1), {}),
+        ((9, 1), {"stride": (3, 2), "padding": (4, 0)}),
+        ((33, 1), {"padding": (16, 0)}),  # by planes
+    ],
+    ids=str,
+)
+def test_general_rows_in_many_blocks(instruction_set, kernel, constants):
+    """Several bands of an image, several chunks of channels, the last vector not whole."""
+    for shape, dtype in (((2, 67, 43, 31), torch.float32), ((3, 35, 36, 40), torch.bfloat16)):
+        p = problem(shape, kernel, dtype=dtype, channels_last=True, activation="relu6", **constants)
+        assert_correct(p, run(p))
 
 
 @both_layouts
