@@ -23,7 +23,9 @@ help:
 	@echo "make report    report.html of the committed results, and its picture for the README"
 	@echo "make lint      ruff, mypy, clang-format: report; make format: repair"
 
-install: $(VENV)/.built
+# The compilers need torch alone: with `make -j2` the other packages come while they work.
+install: $(VENV)/.packages $(VENV)/.built
+	@test $(VENV)/.told -nt $(VENV)/.built || { $(BIN)/mnet-kernels info && touch $(VENV)/.told; }
 
 $(VENV)/.python:
 	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
@@ -32,17 +34,20 @@ $(VENV)/.python:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.packages: $(VENV)/.python constraints.txt pyproject.toml
-	@echo "== installing torch and what the demo and the tests need (a few minutes the first time)"
-	@$(PIP) install --quiet --progress-bar off $(PINS) torch torchvision
-	@$(PIP) install --quiet --progress-bar off $(PINS) setuptools wheel ninja pybind11 \
+$(VENV)/.torch: $(VENV)/.python constraints.txt pyproject.toml
+	@echo "== installing torch (a few minutes the first time)"
+	@$(PIP) install --quiet --progress-bar off $(PINS) torch torchvision setuptools wheel ninja pybind11
+	@touch $@
+
+$(VENV)/.packages: $(VENV)/.torch
+	@echo "== installing what the demo and the tests need"
+	@$(PIP) install --quiet --progress-bar off $(PINS) \
 	  $$($(BIN)/python .ci/requirements.py demo keras train test lint)
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	@echo "== building the kernels (a minute or two on two cores)"
 	@$(PIP) install --quiet --progress-bar off --no-build-isolation --no-deps --editable .
-	@$(BIN)/mnet-kernels info
 	@touch $@
 
 $(VENV)/.demo-weights: $(VENV)/.packages

@@ -98,15 +98,16 @@ class Nvcc:
 
     def compile(self, sources, directory, architectures):
         """Object files of `sources`, compiled again only where something that they read changed."""
-        command = [
-            self.path, "-c", "--options-file", "csrc/cuda/nvcc.flags",
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DUSE_CUDA", "-Xcompiler=-fPIC",
-            f"--threads={max(1, JOBS // len(sources))}", *self.architecture_flags(architectures),
-            *(f"-isystem={path}" for path in include_paths()),
+        flags = [
+            "-c", "--options-file", "csrc/cuda/nvcc.flags", "-DUSE_CUDA", "-Xcompiler=-fPIC",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+            *self.architecture_flags(architectures),
         ]  # fmt: skip
+        headers = [f"-isystem={path}" for path in include_paths()]  # of torch.__version__
+        command = [self.path, *flags, *headers, f"--threads={max(1, JOBS // len(sources))}"]
         read = [*Path("csrc").glob("*.h")]
         read += (path for path in Path("csrc/cuda").iterdir() if path.suffix != ".cpp")
-        digest = hashlib.sha256(repr((command, self.version, torch.__version__)).encode())
+        digest = hashlib.sha256(repr((flags, self.version, torch.__version__)).encode())
         for path in sorted(read):
             digest.update(path.read_bytes())
         directory.mkdir(parents=True, exist_ok=True)
@@ -142,7 +143,8 @@ class Build(BuildExtension):
                     extension.define_macros.append(
                         ("MNET_CUDA_ARCHITECTURES", f'"{" ".join(architectures)}"')
                     )
-                    directory = Path(self.build_temp).resolve() / "cuda"
+                    # Kept: pip throws build_temp away after an editable install.
+                    directory = Path("build/cuda", "_".join(architectures)).resolve()
                     self.objects = beside.submit(
                         nvcc.compile, CUDA_SOURCES, directory, architectures
                     )

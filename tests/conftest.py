@@ -31,11 +31,14 @@ else:
 INSTRUCTION_SETS = tuple(_C.build_info()["instruction_sets"])
 
 
-#: Files of minutes, most of them in other processes: begun first.
+#: Begun first: files of minutes, then those of more than twenty seconds, so that no worker is left
+#: alone with one at the end.
 LONGEST = (
-    "test_wheel.py", "test_cuda_emulation.py", "test_cuda_machine_code.py", "test_triton.py",
-    "test_triton_machine_code.py", "test_cuda_emulation_backward.py",
-    "test_cuda_emulation_training.py",
+    "test_wheel.py", "test_cuda_emulation.py", "test_triton.py", "test_cuda_emulation_backward.py",
+    "test_cuda_emulation_training.py", "test_cuda_machine_code.py", "test_triton_machine_code.py",
+    "test_train_together.py", "test_train_many.py", "test_dwconv_training.py",
+    "test_dwconv_bn_act.py", "test_train_interrupted.py", "test_evaluate.py", "test_cli.py",
+    "test_swap_models.py", "test_models.py",
 )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """What nvcc made of a kernel, read without a GPU: registers, local memory, the width of its global
 accesses, how many blocks a multiprocessor holds, and how many bytes it then has in flight.
 
-python tests/machine_code.py renews the committed table (tests/machine_code.csv).
+python tests/machine_code.py renews the committed table (tests/machine_code.csv): of the sources
+that have changed, or of all for another nvcc.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import sass
 
 ROOT = Path(__file__).parents[1]
 # Those with kernels; the operators' own files hold none and take longest to compile.
@@ -30,10 +32,12 @@ SOURCES = [
 TABLE = Path(__file__).with_suffix(".csv")
 CACHE = ROOT / "build" / "machine_code"
 ARCHITECTURES = (80, 90, 100)
-COLUMNS = (
-    "threads", "registers", "shared", "load_bytes", "store_bytes", "blocks_per_sm",
-    "bytes_in_flight",
+#: What nvcc made of a kernel, and what follows from it.
+FACTS = (
+    "threads", "registers", "static_shared", "local", "local_accesses", "load_bytes",
+    "store_bytes", "loads_in_flight", "products", "product_loads", "copies",
 )  # fmt: skip
+COLUMNS = (*FACTS, "shared", "blocks_per_sm", "bytes_in_flight")
 ELEMENTS = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16"}
 PRODUCTS = ELEMENTS | {"tf32": "tf32"}
 
@@ -121,19 +125,29 @@ def cubin(source: Path, architecture: int) -> Path:
 class Kernel:
     """One instantiation of a kernel on one architecture."""
 
+    source: str  # the .cu file, without the ending
     name: str
     architecture: int
     threads: int  # a block, by its __launch_bounds__
     registers: int  # a thread
-    shared: int  # bytes a block, with what the launcher asks for
+    static_shared: int  # bytes a block, without what the launcher asks for
     local: int  # bytes of local memory a thread: spills, arrays with a computed index
     local_accesses: int  # LDL and STL instructions
     load_bytes: int  # the widest global load
     store_bytes: int  # the widest global store
-    blocks_per_sm: int
     loads_in_flight: int  # bytes a thread has asked for before it must wait
-    # How many there are of: matrix instructions, their loads, asynchronous copies.
-    matrix: tuple[int, int, int] = (0, 0, 0)
+    products: int  # matrix instructions
+    product_loads: int  # matrix loads
+    copies: int  # asynchronous copies to shared memory
+
+    @property
+    def shared(self) -> int:
+        """Bytes a block, with what the launcher asks for."""
+        return self.static_shared + dynamic_shared().get(_variant(self.name), 0)
+
+    @property
+    def blocks_per_sm(self) -> int:
+        return blocks_per_sm(self.architecture, self.threads, self.registers, self.shared)
 
     @property
     def bytes_in_flight(self) -> int:
@@ -144,26 +158,25 @@ class Kernel:
 def kernels(source: Path, architecture: int) -> list[Kernel]:
     """Every kernel that `source` instantiates."""
     file = cubin(source, architecture)
-    usage = dict(_usage(_output(cuobjdump(), "-res-usage", file)))
-    threads = dict(_threads(_output(cuobjdump(), "-elf", file)))
-    functions = list(_functions(_output(cuobjdump(), "-sass", file)))
+    usage = dict(sass.usage(_output(cuobjdump(), "-res-usage", file)))
+    threads = dict(sass.threads(_output(cuobjdump(), "-elf", file)))
+    functions = list(sass.functions(_output(cuobjdump(), "-sass", file)))
+    names = sass.demangled([mangled for mangled, _ in functions])
     found = []
-    for (mangled, code), name in zip(functions, _demangled([f[0] for f in functions]), strict=True):
+    for (mangled, code), name in zip(functions, names, strict=True):
         registers, stack, shared, local = usage[mangled]
         if architecture >= 90 and shared:
             shared -= SHARED_OF_THE_SYSTEM
-        shared += dynamic_shared().get(_variant(name), 0)
-        loads = [_width(op) for _, op, _ in code if op.startswith("LDG")]
-        stores = [_width(op) for _, op, _ in code if op.startswith("STG")]
+        loads = [sass.width(op) for _, op, _ in code if op.startswith("LDG")]
+        stores = [sass.width(op) for _, op, _ in code if op.startswith("STG")]
+        matrix = (
+            sum(op.split(".")[0] == which for _, op, _ in code)
+            for which in ("HMMA", "LDSM", "LDGSTS")
+        )
         found.append(Kernel(
-            name, architecture, threads[mangled], registers, shared, stack + local,
+            source.stem, name, architecture, threads[mangled], registers, shared, stack + local,
             sum(op.startswith(("LDL", "STL")) for _, op, _ in code),
-            max(loads, default=0), max(stores, default=0),
-            blocks_per_sm(architecture, threads[mangled], registers, shared), loads_in_flight(code),
-            tuple(
-                sum(op.split(".")[0] == which for _, op, _ in code)
-                for which in ("HMMA", "LDSM", "LDGSTS")
-            ),
+            max(loads, default=0), max(stores, default=0), sass.loads_in_flight(code), *matrix,
         ))  # fmt: skip
     return found
 
@@ -226,164 +239,74 @@ def _variant(kernel: str) -> tuple[str, str]:
     return match.groups() if match else (kernel, "")
 
 
-Code = list[tuple[int, str, str]]  # (address, operation, operands)
-
-
-def loads_in_flight(code: Code) -> int:
-    """The most bytes of global loads that are under way when an instruction first needs one: in
-    the loops that load, where there are some (what comes before them are weights), else anywhere.
-    """
-    bodies = [body for body in _loops(code) if any(op.startswith("LDG") for _, op, _ in body)]
-    # Twice, for what one turn of a loop loads for the next.
-    return max((_waiting(body + body) for body in bodies), default=0) or _waiting(code)
-
-
-def _loops(code: Code) -> Iterator[Code]:
-    """Of every branch back that closes one, all that it leads through, wherever ptxas put that."""
-    at = {address: i for i, (address, _, _) in enumerate(code)}
-    after: list[list[int]] = [[] for _ in code]
-    before: list[list[int]] = [[] for _ in code]
-    for i, (_, operation, operands) in enumerate(code):
-        # "BRA 0x10" always goes there; "@P0 BRA 0x10" and "BRA.U UP0, 0x10" may; a call returns.
-        jumps = operation.startswith(("BRA", "CALL"))
-        target = re.search(r"0x(\w+)$", operands) if jumps else None
-        to = at.get(int(target[1], 16)) if target is not None else None
-        following = [] if to is None else [to]
-        leaves = operation.startswith(("BRA", "BRX", "EXIT", "RET"))
-        always = operation == "BRX" or re.fullmatch(r"(0x\w+)?", operands) is not None
-        if i + 1 < len(code) and not (leaves and always):
-            following.append(i + 1)
-        after[i] += following
-        for to in following:
-            before[to].append(i)
-    switches = [i for i, (_, operation, _) in enumerate(code) if operation == "BRX"]
-    for i in range(1, len(code)):
-        if switches and not before[i]:  # a case of the switch above, or else of the first
-            switch = max((s for s in switches if s < i), default=switches[0])
-            after[switch].append(i)
-            before[i].append(switch)
-
-    def reached(start: int, steps: list[list[int]], stop: int | None = None) -> set[int]:
-        found, left = {start}, [start]
-        while left:
-            i = left.pop()
-            if i == stop:
-                continue
-            left += (new := set(steps[i]) - found)
-            found |= new
-        return found
-
-    for last, following in enumerate(after):
-        for first in following:
-            if first < last and last in (inside := reached(first, after)):
-                yield [code[i] for i in sorted(inside & reached(last, before, stop=first))]
-
-
-def _waiting(code: Code) -> int:
-    """From top to bottom, as if no branch were taken. Loads return in order, so whoever waits for
-    one has waited for those before it."""
-    most, waiting = 0, []  # (registers, bytes), oldest first
-    for _, operation, operands in code:
-        named = _registers(operands)
-        for i in reversed(range(len(waiting))):
-            if waiting[i][0] & named:
-                most = max(most, sum(size for _, size in waiting))
-                del waiting[: i + 1]
-                break
-        if operation.startswith("LDG."):
-            first, size = re.match(r"(?:P\d+, )?R(\d+)", operands), _width(operation)
-            if first is not None:
-                begin = int(first[1])
-                waiting.append((set(range(begin, begin + -(-size // 4))), size))
-    return max(most, sum(size for _, size in waiting))
-
-
-def _registers(operands: str) -> set[int]:
-    named = set()
-    for number, width in re.findall(r"\bR(\d+)(?:\.(64|128))?", operands):
-        count = {"": 1, "64": 2, "128": 4}[width]
-        named |= set(range(int(number), int(number) + count))
-    return named
-
-
-def _width(operation: str) -> int:
-    """Bytes that a load or store moves a thread."""
-    for part in operation.split(".")[1:]:
-        if part in ("64", "128", "256"):
-            return int(part) // 8
-        if part in ("U8", "S8", "U16", "S16"):
-            return int(part[1:]) // 8
-    return 4
-
-
-def _functions(sass: str) -> Iterator[tuple[str, Code]]:
-    for part in sass.split("Function : ")[1:]:
-        name, _, body = part.partition("\n")
-        line = r"^\s+/\*(\w{4,})\*/\s+(@!?U?P\w+ )?([A-Z][\w.]*)([^;]*);"
-        code = [
-            # Of what leaves the line it matters whether it always does.
-            (
-                int(at, 16),
-                op,
-                (guard if op.startswith(("BRA", "EXIT", "RET")) else "") + operands.strip(),
-            )
-            for at, guard, op, operands in re.findall(line, body, re.M)
-        ]
-        yield name.strip(), code
-
-
-def _usage(report: str) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
-    """(registers, stack, shared, local) of each function."""
-    pattern = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
-    for name, *numbers in re.findall(pattern, report):
-        yield name, tuple(map(int, numbers))
-
-
-def _threads(elf: str) -> Iterator[tuple[str, int]]:
-    """The block size that each function is compiled for."""
-    for part in elf.split("\n.nv.info.")[1:]:
-        bounds = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\s+Format:.*\s+Value:\s*(.*)", part)
-        assert bounds, f"{part.partition(chr(10))[0]} has no __launch_bounds__"
-        x, y, z = (int(n, 16) for n in bounds[1].split()[:3])
-        yield part.partition("\n")[0].strip(), x * y * z
-
-
-def _demangled(names: list[str]) -> list[str]:
-    """Short enough to read: without namespaces, return type and parameters."""
-    text = subprocess.run(
-        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
-    ).stdout
-    short = [line.removeprefix("void ").rpartition("(")[0] or line for line in text.splitlines()]
-    return [re.sub(r"\b(?:mnet|cuda|detail)::", "", line) for line in short]
-
-
 # ---- the committed table ----
-def measured() -> list[Kernel]:
-    """All kernels of all architectures."""
-    jobs = [(source, architecture) for architecture in ARCHITECTURES for source in SOURCES]
-    with ThreadPoolExecutor(2) as pool:
-        return [k for found in pool.map(lambda job: kernels(*job), jobs) for k in found]
+@cache
+def code(source: Path) -> str:
+    """A digest of all that nvcc reads of this tree for `source`, without comments and space."""
+    parts, seen, waiting = [(ROOT / "csrc/cuda/nvcc.flags").read_text()], set(), [source]
+    while waiting:
+        path = waiting.pop().resolve()
+        if path in seen or not path.exists():  # the emulation's own
+            continue
+        seen.add(path)
+        text = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.S)
+        parts.append(" ".join(text.split()))
+        waiting += [path.parent / name for name in re.findall(r'^#include "(.*)"', text, re.M)]
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:12]
 
 
-def committed() -> tuple[str, dict[int, dict[str, dict[str, int]]]]:
-    """(the nvcc release that made them, architecture -> kernel -> its numbers by COLUMNS)."""
+@dataclass(frozen=True)
+class Table:
+    nvcc: str  # the release that compiled
+    codes: dict[str, str]  # of each source: code()
+    rows: list[dict[str, str]]
+
+    def of(self, architecture: int) -> dict[str, dict[str, int]]:
+        """kernel -> its numbers by COLUMNS"""
+        return {
+            row["kernel"]: {name: int(row[name]) for name in COLUMNS}
+            for row in self.rows if row["sm"] == str(architecture)
+        }  # fmt: skip
+
+    def says(self, source: Path) -> bool:
+        """Whether its rows are of this code and this nvcc: they are what a compilation would
+        find."""
+        return self.nvcc == nvcc_version() and self.codes.get(source.stem) == code(source)
+
+    def kernels(self, source: Path) -> list[Kernel]:
+        return [
+            Kernel(source.stem, row["kernel"], int(row["sm"]), *(int(row[name]) for name in FACTS))
+            for row in self.rows if row["source"] == source.stem
+        ]  # fmt: skip
+
+
+@cache
+def committed() -> Table:
     with open(TABLE, newline="") as lines:
         release = lines.readline().split()[-1]
-        table: dict[int, dict[str, dict[str, int]]] = {a: {} for a in ARCHITECTURES}
-        for row in csv.DictReader(lines):
-            numbers = {name: int(row[name]) for name in COLUMNS}
-            table[int(row["sm"])][row["kernel"]] = numbers
-    return release, table
+        codes = dict(pair.split("=") for pair in lines.readline().split()[1:])
+        return Table(release, codes, list(csv.DictReader(lines)))
+
+
+def measured() -> list[Kernel]:
+    """All kernels of all architectures: as committed where the table says, else compiled."""
+    table = committed()
+    known = {source: table.says(source) for source in SOURCES}
+    jobs = [(s, a) for a in ARCHITECTURES for s in SOURCES if not known[s]]
+    with ThreadPoolExecutor(2) as pool:
+        compiled = [k for found in pool.map(lambda job: kernels(*job), jobs) for k in found]
+    return compiled + [k for s in SOURCES if known[s] for k in table.kernels(s)]
 
 
 def write(found: list[Kernel]) -> None:
     with open(TABLE, "w", newline="") as lines:
         lines.write(f"# nvcc {nvcc_version()}\n")
+        lines.write(" ".join(["#", *(f"{s.stem}={code(s)}" for s in SOURCES)]) + "\n")
         rows = csv.writer(lines, lineterminator="\n")
-        rows.writerow(["sm", "kernel", *COLUMNS])
+        rows.writerow(["sm", "kernel", "source", *COLUMNS])
         for kernel in sorted(found, key=lambda k: (k.architecture, k.name)):
             numbers = [getattr(kernel, name) for name in COLUMNS]
-            rows.writerow([kernel.architecture, kernel.name, *numbers])
+            rows.writerow([kernel.architecture, kernel.name, kernel.source, *numbers])
 
 
 if __name__ == "__main__":

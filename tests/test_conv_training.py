@@ -10,6 +10,7 @@ from torch import nn
 from torch.library import opcheck
 from training_rulers import EPS, MOMENTUM, NAMES, Call, Training, assert_correct, run
 
+from mnet_kernels import _C
 from mnet_kernels import conv_training as module
 from mnet_kernels.conv_training import conv_bn_act_training
 from mnet_kernels.reference import ACTIVATIONS
@@ -31,10 +32,10 @@ def dense(p: Problem, x, weight):
     return F.conv2d(x, weight)
 
 
-def check(p: Call, wanted=NAMES) -> None:
+def check(p: Call, wanted=NAMES, training: Training | None = None) -> None:
     outcome = run(p, wanted=wanted, operator=conv_bn_act_training)
     assert outcome.y.is_contiguous(memory_format=LAST)
-    training = Training(Problem(*p.tensors, p.constants), EPS, dense)
+    training = training or Training(Problem(*p.tensors, p.constants), EPS, dense)
     assert_correct(p, outcome, training)
 
 
@@ -53,8 +54,18 @@ def check(p: Call, wanted=NAMES) -> None:
     ],
     ids=str,
 )
-def test_shapes(instruction_set, shape, outputs):
-    check(call(shape, outputs, activation="relu6"))
+def test_shapes(shape, outputs):
+    """On every instruction set, against one reference: the large ones take a second."""
+    p = call(shape, outputs, activation="relu6")
+    training = Training(Problem(*p.tensors, p.constants), EPS, dense)
+    for name in _C.build_info()["instruction_sets"]:
+        _C.set_instruction_set(name)
+        try:
+            check(p, training=training)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+        finally:
+            _C.set_instruction_set(_C.build_info()["instruction_sets"][0])
 
 
 @poisoned

@@ -104,6 +104,52 @@ def test_an_nvcc_that_does_not_work_is_told_and_forcing_is_an_error(tmp_path):
         assert status != 0 and "mnet_kernels: FORCE_CUDA=1, but nvcc did not work" in output
 
 
+#: An nvcc that notes what it compiles, and compiles nothing.
+NOTING = """#!/bin/sh
+for word; do
+  case "$word" in
+    -c) compiles=1 ;;
+    *.cu) source="$word" ;;
+  esac
+  last="$word"
+done
+test -z "$compiles" && exec {real} "$@"
+echo "$source" >> {notes}
+touch "$last"
+"""
+
+
+@needs_nvcc
+def test_objects_are_kept_for_as_long_as_nothing_that_they_read_changes(tmp_path):
+    """Wherever torch's headers lie, which its version names."""
+    real = os.path.realpath(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    tree, notes, wrapper = tmp_path / "tree", tmp_path / "notes", tmp_path / "nvcc"
+    shutil.copytree(ROOT / "csrc", tree / "csrc")
+    (tree / "mnet_kernels").mkdir()
+    for name in ("setup.py", "mnet_kernels/_version.py"):
+        shutil.copy2(ROOT / name, tree / name)
+    wrapper.write_text(NOTING.format(real=real, notes=notes))
+    wrapper.chmod(0o755)
+    steps = """
+def compiled(architecture="8.0"):
+    open(notes, "w").close()
+    nvcc.compile(CUDA_SOURCES[:2], Path("objects"), [architecture])
+    return len(open(notes).read().split())
+counts = [compiled()]
+include_paths = lambda: ["/elsewhere"]
+counts.append(compiled())
+with open("csrc/cuda/mma.cuh", "a") as file: file.write("// changed")
+counts += [compiled(), compiled(), compiled("9.0")]
+print("compiled:", counts)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", f"notes = {str(notes)!r}\n{SETUP}{steps}"], cwd=tree,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_HOME": ""},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "compiled: [2, 0, 2, 0, 2]" in done.stdout, done.stdout + done.stderr
+
+
 # ---- the backend's predicate ----
 def why_not(monkeypatch, *, reason=None, gpu=True, dtype=torch.float32, compiled="8.0+PTX"):
     monkeypatch.setattr(backends, "_why_no_cuda", reason)

@@ -211,11 +211,24 @@ def test_more_than_2_to_31_elements(channels_last):
 # Under the sanitizers: out-of-bounds and misaligned accesses, undefined arithmetic; races.
 
 
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@both_layouts
-@pytest.mark.parametrize("kernel,stride", FAST_PATHS)
-def test_under_a_sanitizer(sanitizer, dtype, channels_last, kernel, stride):
+SIZED = (torch.float32, torch.bfloat16)
+#: Every path in both layouts, with elements of either size; but real threads are slow: under the
+#: thread sanitizer a path has one size in one layout and the other in the other, for where a
+#: kernel's barriers are depends on path and layout.
+under_sanitizers = pytest.mark.parametrize(
+    "sanitizer,path,channels_last,dtype",
+    [
+        *itertools.product(["address"], FAST_PATHS, (False, True), SIZED),
+        *(("thread", path, last, SIZED[(i + last) % 2])
+          for i, path in enumerate(FAST_PATHS) for last in (False, True)),
+    ],
+    ids=str,
+)  # fmt: skip
+
+
+@under_sanitizers
+def test_under_a_sanitizer(sanitizer, path, channels_last, dtype):
+    kernel, stride = path
     sizes = [(1, 1), (5, 6), (7, 7)] if sanitizer == "address" else [(5, 6)]
     for size in sizes:
         for channels in (3, 16):

@@ -9,6 +9,7 @@ from emulation import dwconv_backward
 from emulation.emulator import EmulationError, emulator
 from gradient_rulers import assert_gradients, gradients
 from rulers import Problem, problem
+from test_cuda_emulation import under_sanitizers
 from torch import Tensor
 from torch.library import opcheck
 
@@ -332,11 +333,9 @@ def test_compiled(emulated_operator):
 # Under the sanitizers: out-of-bounds and misaligned accesses, undefined arithmetic; races.
 
 
-@pytest.mark.parametrize("sanitizer", ["address", "thread"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@both_layouts
-@pytest.mark.parametrize("kernel,stride", FAST_PATHS)
-def test_under_a_sanitizer(sanitizer, dtype, channels_last, kernel, stride):
+@under_sanitizers
+def test_under_a_sanitizer(sanitizer, path, channels_last, dtype):
+    kernel, stride = path
     for size in [(1, 1), (5, 6)] if sanitizer == "address" else [(5, 6)]:
         for channels in (3, 16) if sanitizer == "address" else (16,):
             p = problem(

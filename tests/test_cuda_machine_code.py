@@ -1,19 +1,28 @@
 """The CUDA kernels' machine code, which needs no GPU: no spills, wide accesses, enough in flight.
 
-Every kernel is held against the committed table (machine_code.csv); after a change that is meant,
-``python tests/machine_code.py`` renews it.
+The committed table (machine_code.csv) is what nvcc made of the sources that it was renewed with.
+What has changed since is compiled, judged by the same rules, and held against it; after a change
+that is meant, ``python tests/machine_code.py`` renews it.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import machine_code
 import pytest
+import sass
 
 #: What keeps an H200's memory busy: 4.3 TB/s for 700 ns, over 132 multiprocessors, and some more.
 WANTED_IN_FLIGHT = 32 << 10
 SIZES = {"float": 4, "float16": 2, "bfloat16": 2}
+#: Compiled though the table has them: every operator, element and architecture once.
+SAMPLE = [
+    ("conv_bfloat16", 100), ("separable_tf32", 80), ("dwconv_float32", 90),
+    ("dwconv_backward_float16", 80), ("dwconv_training_bfloat16", 90),
+    ("dwconv_training_channels", 100),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +67,9 @@ def test_separable_conv_is_on_the_tensor_cores(kernels):
     found = [k for k in kernels if k.name.startswith("separable_conv_kernel<")]
     assert len(found) == 4 * 4 * len(machine_code.ARCHITECTURES)
     for kernel in found:
-        products, loads, copies = kernel.matrix
-        assert (products > 0) == (loads > 0) == ("<float," not in kernel.name), kernel
-        assert copies > 0, kernel
+        tensor_cores = "<float," not in kernel.name
+        assert (kernel.products > 0) == (kernel.product_loads > 0) == tensor_cores, kernel
+        assert kernel.copies > 0, kernel
         assert kernel.load_bytes == kernel.store_bytes == 16, kernel
 
 
@@ -70,10 +79,10 @@ def test_conv_bn_act_is_on_the_tensor_cores(kernels):
     found = [k for k in kernels if k.name.startswith("conv_bn_act_kernel<")]
     assert len(found) == 4 * 3 * len(machine_code.ARCHITECTURES)
     for kernel in found:
-        products, loads, copies = kernel.matrix
-        assert (products > 0) == (loads > 0) == ("<float," not in kernel.name), kernel
+        tensor_cores = "<float," not in kernel.name
+        assert (kernel.products > 0) == (kernel.product_loads > 0) == tensor_cores, kernel
         # Of x's rows, of its vectors, of weights.
-        assert copies >= 3, kernel
+        assert kernel.copies >= 3, kernel
         assert kernel.store_bytes == 16, kernel
 
 
@@ -96,12 +105,38 @@ def test_enough_bytes_are_in_flight(kernels):
     assert not [k for k in fast if k.bytes_in_flight < WANTED_IN_FLIGHT]
 
 
+@pytest.fixture
+def table() -> machine_code.Table:
+    table = machine_code.committed()
+    if table.nvcc != machine_code.nvcc_version():
+        pytest.skip(f"the table is of nvcc {table.nvcc}, here is {machine_code.nvcc_version()}")
+    return table
+
+
+@pytest.mark.parametrize("source,architecture", SAMPLE)
+def test_the_table_says_what_nvcc_does(kernels, table, source, architecture):
+    path = machine_code.ROOT / f"csrc/cuda/{source}.cu"
+    if not table.says(path):
+        pytest.skip(f"{source}.cu has changed: all of it is compiled here")
+    known = {k for k in table.kernels(path) if k.architecture == architecture}
+    assert known and set(machine_code.kernels(path, architecture)) == known
+
+
+def test_what_has_changed_is_compiled(kernels, table, monkeypatch):
+    """And what has not is not."""
+    changed, *others = machine_code.SOURCES
+    codes = table.codes | {changed.stem: "of an older text"}
+    asked = []
+    monkeypatch.setattr(machine_code, "committed", lambda: replace(table, codes=codes))
+    monkeypatch.setattr(machine_code, "kernels", lambda *job: asked.append(job) or [])
+    machine_code.measured()
+    assert {(changed, a) for a in machine_code.ARCHITECTURES} <= set(asked)
+    assert not {(s, a) for s, a in asked if s in others and table.says(s)}
+
+
 @pytest.mark.parametrize("architecture", machine_code.ARCHITECTURES)
-def test_no_kernel_is_worse_than_committed(kernels, architecture):
-    release, table = machine_code.committed()
-    if release != machine_code.nvcc_version():
-        pytest.skip(f"the table is of nvcc {release}, here is {machine_code.nvcc_version()}")
-    committed = table[architecture]
+def test_no_kernel_is_worse_than_committed(kernels, table, architecture):
+    committed = table.of(architecture)
     here = {k.name: k for k in kernels if k.architecture == architecture}
     assert here.keys() == committed.keys(), "renew the table: python tests/machine_code.py"
     worse = []
@@ -137,11 +172,11 @@ def test_a_loop_is_followed_wherever_its_parts_are():
         (0x60, "MOV", "R4, RZ"),
         (0x70, "FADD", "R30, R4, R8"), (0x80, "BRA", "@P0 0x50"), (0x90, "EXIT", ""),
     ]  # fmt: skip
-    assert machine_code.loads_in_flight(code) == 32
+    assert sass.loads_in_flight(code) == 32
     # What lies between the two ends of a branch back without being led to is no part of it.
     code[1:5] = [(0x10, "BRA", "0x50"), (0x20, "NOP", ""), (0x30, "NOP", ""), (0x40, "EXIT", "")]
     code[6] = (0x60, "LDG.E.64", "R4, [R22.64]")
-    assert machine_code.loads_in_flight(code) == 8
+    assert sass.loads_in_flight(code) == 8
 
 
 def test_planted_faults_are_seen(kernels, tmp_path):

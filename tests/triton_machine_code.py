@@ -66,7 +66,7 @@ MERGES = {
 SEPARABLE = {"separable_conv": (separable_conv._separable, tuning.SEPARABLE, ["residual_ptr"])}
 #: As many output channels as input channels; 32 of a picture's three.
 DENSE = {"conv_bn_act": (conv_bn_act._conv, tuning.DENSE, [])}
-_ALL = KERNELS | TRAINING | MERGES | SEPARABLE | DENSE
+ALL = KERNELS | TRAINING | MERGES | SEPARABLE | DENSE
 #: Pointers to x's dtype; the others are to float32.
 TENSORS = ("x_ptr", "w_ptr", "pw_ptr", "y_ptr", "dy_ptr", "dx_ptr", "dconv_ptr")
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -127,7 +127,7 @@ class Case:
         return shape | tuning.block(self.channels, self.dtype.itemsize, self.channels_last)
 
     def configurations(self) -> list:
-        kind = _ALL[self.kernel][1]
+        kind = ALL[self.kernel][1]
         if kind is None:
             return [triton.Config({"MERGED": dwconv_bn_act_training.MERGED}, num_warps=4)]
         if kind is tuning.SEPARABLE:
@@ -141,7 +141,7 @@ class Case:
 
 
 def function(kernel: str) -> triton.JITFunction:
-    fn = _ALL[kernel][0]
+    fn = ALL[kernel][0]
     return fn if kernel in MERGES else fn.fn  # without its tuner
 
 
@@ -166,7 +166,7 @@ def code(kernel: str) -> str:
 
 def facts(case: Case) -> dict:
     """Registers, bytes of stack, and how the kernel reaches memory."""
-    fn, missing = function(case.kernel), _ALL[case.kernel][2]
+    fn, missing = function(case.kernel), ALL[case.kernel][2]
     if not case.affine:
         missing = [*missing, "scale_ptr", "shift_ptr"]
     config = case.configurations()[case.choice]
@@ -225,6 +225,34 @@ def facts(case: Case) -> dict:
 
 
 FEW = [Case(kernel, channels_last=last) for kernel in KERNELS for last in (True, False)]
+#: Dense convolutions without scale and shift, whose narrow loads would hide others: pointwise,
+#: several taps, several taps in a block of depth.
+BARE = [
+    Case("conv_bn_act", target, dtype, last, *layer, choice=choice, affine=False)
+    for target, dtype, last, *layer, choice in [
+        ("sm_90", torch.bfloat16, True, 256, 14, 1, -1),
+        ("gfx942", torch.bfloat16, True, 256, 14, 1, -1),
+        ("sm_80", torch.bfloat16, True, 128, 28, 3, -1),
+        ("sm_90", torch.float32, True, 128, 28, 3, -1),
+        ("sm_90", torch.bfloat16, True, 24, 28, 3, 0),
+        ("gfx942", torch.float32, True, 24, 28, 3, 0),
+        ("sm_100", torch.float32, True, 64, 56, 1, -1),
+        # Hopper's matrix units take TF32 with channels side by side: contiguous is turned in 4s.
+        ("sm_80", torch.float32, False, 64, 56, 1, -1),
+        ("sm_90", torch.bfloat16, False, 64, 56, 1, -1),
+    ]
+]
+#: What no MobileNet has or asks for: kernels that are not unrolled, float16, TensorFloat-32.
+OTHERS = [
+    *FEW,
+    *(Case(case.kernel, target, channels_last=case.channels_last)
+      for case in FEW for target in ("sm_80", "sm_100")),
+    *(Case("forward", choice=choice) for choice in (0, 1)),
+    *(Case(k, channels_last=False, stride=2) for k in KERNELS),
+    *(Case(k, channels_last=last, taps=9, size=14) for k in KERNELS for last in (True, False)),
+    *(Case(k, dtype=torch.float16, channels=24, size=28) for k in KERNELS),
+    *(Case(k, target, torch.float32, True, 512, 14) for k in SEPARABLE for target in TARGETS),
+]  # fmt: skip
 
 #: (channels, size): what MobileNets have, and sizes of few divisors.
 SHAPES = [
@@ -242,7 +270,7 @@ KERNEL_SIZES = [(taps, stride) for taps in (7, 5, 3) for stride in (1, 2)]
 def every_configuration() -> list[Case]:
     """What autotuning may choose on the SHAPES: each patch for every target. In channels_last,
     where patches are paid for in registers, with the largest kernel that may have it, and for sm_90
-    with every size and stride of kernel; in contiguous with the smallest."""
+    with every size and stride of kernel; in contiguous with the smallest. And some others."""
     found = {}
     for last, kernel, dtype in product(
         (True, False), KERNELS | TRAINING, (torch.bfloat16, torch.float32)
@@ -274,7 +302,7 @@ def every_configuration() -> list[Case]:
             key = (kernel, last, dtype, chosen.patch(), target, case.taps, case.stride)
             found.setdefault(key, chosen)
     found |= {key: Case(*key) for key in product(MERGES, TARGETS)}
-    return list(dict.fromkeys(found.values()))
+    return list(dict.fromkeys([*found.values(), *OTHERS, *BARE]))
 
 
 # ---- the committed table ----
@@ -305,9 +333,9 @@ def write(table: Table) -> None:
 
 def renew() -> Table:
     """The table of here, of which rows that are still true are kept."""
-    codes, kept = {kernel: code(kernel) for kernel in _ALL}, {}
+    codes, kept = {kernel: code(kernel) for kernel in ALL}, {}
     if TABLE.exists() and (old := committed()).triton == triton.__version__:
-        fresh = {kernel for kernel in _ALL if old.codes.get(kernel) == codes[kernel]}
+        fresh = {kernel for kernel in ALL if old.codes.get(kernel) == codes[kernel]}
         kept = {case: row for case, row in old.rows.items() if case.partition("-")[0] in fresh}
     cases = {str(case): case for case in every_configuration()}
     rows = {case: row for case, row in kept.items() if case in cases}

@@ -2,6 +2,7 @@
 #include "../../csrc/cuda/conv_variants.cuh"
 
 #include "dwconv_request.h"
+#include "elements.h"
 
 namespace mnet::cuda {
 namespace {
@@ -15,12 +16,9 @@ ConvCall conv_call_of_request(const emulation::Request& r) {
 std::string run(const emulation::Request& r) {
   const ConvCall call = conv_call_of_request(r);
   const std::string variant = r.variant == "auto" ? choose(call) : r.variant;
-  if (call.tf32)
-    ConvVariants::launch<tf32>(r.launcher, variant, call);
-  else
-    with_element(call.conv.dtype, [&](auto element) {
-      ConvVariants::launch<decltype(element)>(r.launcher, variant, call);
-    });
+  with_compiled_product(call.conv.dtype, call.tf32, [&](auto element) {
+    ConvVariants::launch<decltype(element)>(r.launcher, variant, call);
+  });
   return variant;
 }
 

@@ -2,6 +2,7 @@
 #include "../../csrc/cuda/dwconv_variants.cuh"
 
 #include "dwconv_request.h"
+#include "elements.h"
 
 namespace mnet::cuda {
 namespace {
@@ -10,7 +11,7 @@ namespace {
 std::string run(const emulation::Request& r) {
   const DwconvCall call = call_of_request(r);
   const std::string variant = r.variant == "auto" ? choose(call) : r.variant;
-  with_element(call.dtype, [&](auto element) {
+  with_compiled(call.dtype, [&](auto element) {
     DwconvVariants::launch<decltype(element)>(r.launcher, variant, call);
   });
   return variant;

@@ -5,6 +5,7 @@
 #include "../../csrc/cuda/dwconv_general.cuh"
 
 #include "dwconv_request.h"
+#include "elements.h"
 
 namespace mnet::cuda {
 namespace {
@@ -25,7 +26,7 @@ std::string run(const emulation::Request& r) {
   DwconvBackwardCall call = backward_call_of_request(r);
   const BackwardChoice choice = choice_of(r, call);
   call.chunks = share_of(call, choice).chunks;
-  with_element(call.forward.dtype, [&](auto element) {
+  with_compiled(call.forward.dtype, [&](auto element) {
     using Element = decltype(element);
     launch_backward<Element>(r.launcher, choice, call, [&](const DwconvCall& forward) {
       DwconvGeneral::launch<Element>(r.launcher, forward);

@@ -7,6 +7,7 @@
 #include "../../csrc/cuda/dwconv_training_channels.cuh"
 
 #include "dwconv_request.h"
+#include "elements.h"
 
 namespace mnet::cuda {
 namespace {
@@ -60,8 +61,8 @@ struct Steps {
 
 template <typename F>
 void with_steps(const emulation::Request& r, const DwconvTrainingCall& call, F&& f) {
-  with_element(call.backward.forward.dtype,
-               [&](auto element) { f(Steps<decltype(element)>{r.launcher}); });
+  with_compiled(call.backward.forward.dtype,
+                [&](auto element) { f(Steps<decltype(element)>{r.launcher}); });
 }
 
 // These return the variants that ran.
@@ -100,7 +101,7 @@ std::string pass(const emulation::Request& r) {
   call.backward.rows = pass == BackwardPass::reduction ? 2
                        : pass == BackwardPass::through ? taps
                                                        : taps + 2;
-  with_element(call.backward.forward.dtype, [&](auto element) {
+  with_compiled(call.backward.forward.dtype, [&](auto element) {
     using Element = decltype(element);
     if (pass == BackwardPass::frozen)
       DwconvBackwardStream::launch<Element>(r.launcher, call.backward);

@@ -26,11 +26,12 @@ ROOT = HERE.parent.parent
 BUILDS = ROOT / "build" / "emulation"
 
 FLAGS = ["-std=c++17", "-g1", "-Wall", "-Wno-unknown-pragmas", "-pthread", f"-I{HERE}"]
+SANITIZED = "-DEMULATION_SANITIZED"  # see elements.h
 # Optimised as far as compiling and running take least together.
 SANITIZERS = {
     "": ["-O1"],
-    "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O1", "-fsanitize=thread"],
+    "address": ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", SANITIZED],
+    "thread": ["-O1", "-fsanitize=thread", SANITIZED],
 }
 #: Of an H100: multiprocessors, and bytes of shared memory that a block may have.
 MULTIPROCESSORS, SHARED_LIMIT = 132, 227 << 10

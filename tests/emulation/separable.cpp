@@ -2,6 +2,7 @@
 // pw_shift, residual, y.
 #include "../../csrc/cuda/separable_variants.cuh"
 
+#include "elements.h"
 #include "request.h"
 
 namespace mnet::cuda {
@@ -37,12 +38,9 @@ SeparableCall call_of_request(const emulation::Request& r) {
 std::string run(const emulation::Request& r) {
   const SeparableCall call = call_of_request(r);
   const std::string variant = r.variant == "auto" ? choose(call) : r.variant;
-  if (call.tf32)
-    SeparableVariants::launch<tf32>(r.launcher, variant, call);
-  else
-    with_element(call.depthwise.dtype, [&](auto element) {
-      SeparableVariants::launch<decltype(element)>(r.launcher, variant, call);
-    });
+  with_compiled_product(call.depthwise.dtype, call.tf32, [&](auto element) {
+    SeparableVariants::launch<decltype(element)>(r.launcher, variant, call);
+  });
   return variant;
 }
 
