@@ -116,25 +116,25 @@ __device__ __forceinline__ void activation_backward_all(Activation activation, f
 }
 
 // Shared memory of store_partials: a row a sum of a vector's channels, a column a thread.
-constexpr int partials_bytes(int count, int V) {
-  return count * V * (kBackwardThreads + 32 / V) * static_cast<int>(sizeof(float));
+constexpr int partials_bytes(int count, int V, int threads = kBackwardThreads) {
+  return count * V * (threads + 32 / V) * static_cast<int>(sizeof(float));
 }
 
 // Rows lie so far apart that a warp's threads, which read neighbouring channels, hit different
 // banks.
 template <int V>
-__device__ __forceinline__ int partials_pitch(const BackwardShare& share) {
-  return kBackwardThreads + (share.lanes < 32 / V ? share.lanes : 32 / V);
+__device__ __forceinline__ int partials_pitch(int lanes, int threads = kBackwardThreads) {
+  return threads + (lanes < 32 / V ? lanes : 32 / V);
 }
 
 // Adds what the slices of a block have summed, in their order, and writes rows `first` to
 // first + Count (those below `end`) of the chunk's partial sums. `k` is the block's first channel.
 template <int Count, int V>
-__device__ __forceinline__ void store_partials(const DwconvBackwardCall& call,
-                                               const BackwardShare& share, int64_t chunk,
-                                               int64_t first, int64_t end, int64_t k,
-                                               const float (&sums)[Count][V]) {
-  const int pitch = partials_pitch<V>(share);
+__device__ __forceinline__ void store_partials(const DwconvBackwardCall& call, int lanes,
+                                               int64_t chunk, int64_t first, int64_t end,
+                                               int64_t k, const float (&sums)[Count][V],
+                                               int threads = kBackwardThreads) {
+  const int pitch = partials_pitch<V>(lanes, threads);
   auto* shared = reinterpret_cast<float*>(shared_memory());
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
@@ -144,13 +144,13 @@ __device__ __forceinline__ void store_partials(const DwconvBackwardCall& call,
   }
   __syncthreads();
   const int64_t K = call.forward.K;
-  const int channels = share.lanes * V;
-  for (int at = thread; at < Count * channels; at += kBackwardThreads) {
+  const int channels = lanes * V;
+  for (int at = thread; at < Count * channels; at += threads) {
     const int row = at / channels, channel = at % channels;
     const float* from = shared + (row * V + channel % V) * pitch + channel / V;
     float sum[1] = {0};
 #pragma unroll 8
-    for (int lane = 0; lane < kBackwardThreads; lane += share.lanes)
+    for (int lane = 0; lane < threads; lane += lanes)
       sum[0] += load_shared<1>(from + lane).lane[0];
     store(call.partials + (chunk * call.rows + first + row) * K + k + channel, narrow<float>(sum),
           first + row < end && k + channel < K);

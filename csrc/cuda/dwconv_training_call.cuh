@@ -88,7 +88,7 @@ template <int V>
 __device__ __forceinline__ void store_moments(const DwconvTrainingCall& call,
                                               const BackwardShare& share, int64_t chunk, int64_t k,
                                               const ShiftedSums<V>& own) {
-  const int pitch = partials_pitch<V>(share), thread = static_cast<int>(threadIdx.x);
+  const int pitch = partials_pitch<V>(share.lanes), thread = static_cast<int>(threadIdx.x);
   auto* shared = reinterpret_cast<float*>(shared_memory());
   auto put = [&](int row, float value) {
     const float values[1] = {value};

@@ -20,11 +20,22 @@ std::string text(const BackwardChoice& choice) {
   return std::string(choice.first) + "," + std::string(choice.data);
 }
 
+// All "FIRST,DATA": one_pass is its own.
+std::string pairs(const std::vector<const char*>& firsts, const std::vector<const char*>& datas) {
+  std::string all;
+  for (const std::string_view first : firsts) {
+    const bool one_pass = BackwardChoice{first, {}}.is_one_pass();
+    for (const std::string_view data : one_pass ? std::vector<const char*>{first.data()} : datas)
+      all += (all.empty() ? "" : " ") + text({first, data});
+  }
+  return all;
+}
+
 // Returns the variants that ran.
 std::string run(const emulation::Request& r) {
   DwconvBackwardCall call = backward_call_of_request(r);
   const BackwardChoice choice = choice_of(r, call);
-  call.chunks = share_of(call, choice).chunks;
+  call.chunks = chunks_of(call, choice);
   with_element(call.forward.dtype, [&](auto element) {
     using Element = decltype(element);
     launch_backward<Element>(r.launcher, choice, call, [&](const DwconvCall& forward) {
@@ -37,25 +48,17 @@ std::string run(const emulation::Request& r) {
 // How many rows of partial sums the call makes.
 std::string chunks(const emulation::Request& r) {
   const DwconvBackwardCall call = backward_call_of_request(r);
-  return std::to_string(share_of(call, choice_of(r, call)).chunks);
+  return std::to_string(chunks_of(call, choice_of(r, call)));
 }
 
 // All "FIRST,DATA" that can run the call.
 std::string able(const emulation::Request& r) {
   const DwconvBackwardCall call = backward_call_of_request(r);
-  std::string all;
-  for (const char* first : BackwardVariants::able(call))
-    for (const char* data : backward_data_able(call))
-      all += (all.empty() ? "" : " ") + text({first, data});
-  return all;
+  return pairs(BackwardVariants::able(call), backward_data_able(call));
 }
 
 std::string names(const emulation::Request&) {
-  std::string all;
-  for (const char* first : BackwardVariants::names())
-    for (const char* data : backward_data_names())
-      all += (all.empty() ? "" : " ") + text({first, data});
-  return all;
+  return pairs(BackwardVariants::names(), backward_data_names());
 }
 
 const emulation::Registration run_("dwconv_backward", run),

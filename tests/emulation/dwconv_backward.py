@@ -45,7 +45,7 @@ def run(
     at = dict.fromkeys(("x", "dy", "dconv", "dx"), offset)
     k, _, kh, kw = p.weight.shape
     outputs = {"flipped": torch.empty_like(inputs["weight"])}
-    if data or "general" in variant.split(",")[0] or variant == "auto":
+    if "one_pass" not in variant and (data or variant.split(",")[0] in ("general", "auto")):
         outputs["dconv"] = torch.empty_like(dy)
     if data:
         outputs["dx"] = torch.empty_like(p.x)
