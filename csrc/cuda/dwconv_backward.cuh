@@ -1,5 +1,5 @@
-// The backward of dwconv_bn_act: its variants, the choice between them, and its steps in order. What
-// is computed and what it moves: dwconv_backward_call.cuh.
+// The backward of dwconv_bn_act: its variants, the choice between them, and its steps in order.
+// What is computed and what it moves: dwconv_backward_call.cuh.
 #pragma once
 
 #include <string_view>

@@ -21,6 +21,8 @@
 // that only sums, and one whose dconv = dz * scale + (conv - mean) * by_conv + constant.
 #pragma once
 
+#include <cmath>
+
 #include "../activation_backward.h"
 #include "dwconv_call.cuh"
 
@@ -94,10 +96,18 @@ inline BackwardShare backward_share(const DwconvCall& call, int V, int64_t items
 }
 
 // dz[i] from z[i] and dy[i], which it replaces: the switch is passed once for all of them.
-template <int Count>
+template <Activations Known = Activations::any, int Count>
 __device__ __forceinline__ void activation_backward_all(Activation activation, float slope,
                                                         const float (&z)[Count],
                                                         float (&dy)[Count]) {
+  if constexpr (Known == Activations::clamps) {
+    // Comparisons with NaN are false: a bound that is NaN is none.
+    const float low = activation == Activation::identity ? NAN : 0;
+    const float high = activation == Activation::relu6 ? 6 : NAN;
+#pragma unroll
+    for (int i = 0; i < Count; ++i) dy[i] = z[i] <= low || z[i] >= high ? 0 : dy[i];
+    return;
+  }
   switch (activation) {
 #define MNET_CASE(name)                                            \
   case Activation::name:                                           \
@@ -131,8 +141,8 @@ __device__ __forceinline__ int partials_pitch(int lanes, int threads = kBackward
 // first + Count (those below `end`) of the chunk's partial sums. `k` is the block's first channel.
 template <int Count, int V>
 __device__ __forceinline__ void store_partials(const DwconvBackwardCall& call, int lanes,
-                                               int64_t chunk, int64_t first, int64_t end,
-                                               int64_t k, const float (&sums)[Count][V],
+                                               int64_t chunk, int64_t first, int64_t end, int64_t k,
+                                               const float (&sums)[Count][V],
                                                int threads = kBackwardThreads) {
   const int pitch = partials_pitch<V>(lanes, threads);
   auto* shared = reinterpret_cast<float*>(shared_memory());
@@ -150,8 +160,7 @@ __device__ __forceinline__ void store_partials(const DwconvBackwardCall& call, i
     const float* from = shared + (row * V + channel % V) * pitch + channel / V;
     float sum[1] = {0};
 #pragma unroll 8
-    for (int lane = 0; lane < threads; lane += lanes)
-      sum[0] += load_shared<1>(from + lane).lane[0];
+    for (int lane = 0; lane < threads; lane += lanes) sum[0] += load_shared<1>(from + lane).lane[0];
     store(call.partials + (chunk * call.rows + first + row) * K + k + channel, narrow<float>(sum),
           first + row < end && k + channel < K);
   }

@@ -45,6 +45,11 @@ std::string run(const emulation::Request& r) {
   return text(choice);
 }
 
+// The variants that the call would take.
+std::string chosen(const emulation::Request& r) {
+  return text(choose(backward_call_of_request(r)));
+}
+
 // How many rows of partial sums the call makes.
 std::string chunks(const emulation::Request& r) {
   const DwconvBackwardCall call = backward_call_of_request(r);
@@ -62,8 +67,8 @@ std::string names(const emulation::Request&) {
 }
 
 const emulation::Registration run_("dwconv_backward", run),
-    chunks_("dwconv_backward_chunks", chunks), able_("dwconv_backward_able", able),
-    names_("dwconv_backward_names", names);
+    chosen_("dwconv_backward_choose", chosen), chunks_("dwconv_backward_chunks", chunks),
+    able_("dwconv_backward_able", able), names_("dwconv_backward_names", names);
 
 }  // namespace
 }  // namespace mnet::cuda

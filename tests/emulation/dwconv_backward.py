@@ -73,5 +73,13 @@ def able(program: Emulator, p: Problem, dy: Tensor, offset: int = 0) -> list[str
     ).text.split()
 
 
+def chosen(program: Emulator, p: Problem) -> str:
+    """The variants that this problem takes where its memory is aligned; tensors may be meta's."""
+    return program.run(
+        "dwconv_backward_choose", numbers=dwconv.sizes(p),
+        scratch=dict.fromkeys(("x", "weight", "dy", "dconv", "dx"), 16),
+    ).text  # fmt: skip
+
+
 def names(program: Emulator) -> list[str]:
     return program.run("dwconv_backward_names").text.split()

@@ -119,8 +119,8 @@ std::string able(const emulation::Request& r) {
   for (const char* sums : TrainingVariants::able(call))
     for (const std::string_view first : BackwardThroughVariants::able(call.backward)) {
       const bool one_pass = BackwardChoice{first, {}}.is_one_pass();
-      for (const std::string_view data : one_pass ? std::vector<const char*>{first.data()}
-                                                  : backward_data_able(call.backward))
+      for (const std::string_view data :
+           one_pass ? std::vector<const char*>{first.data()} : backward_data_able(call.backward))
         all += (all.empty() ? "" : " ") + text({sums, {first, data}});
     }
   return all;
