@@ -4,6 +4,7 @@ activations: with all variants, in test_cuda_emulation_backward.py and _training
 
 from __future__ import annotations
 
+import machine_code
 import pytest
 import torch
 from emulation import dwconv_backward, dwconv_training, traffic
@@ -83,14 +84,30 @@ def test_under_a_sanitizer(sanitizer, stride):
     check((35, 24, 3, 3), stride, torch.float16, sanitizer)
 
 
+def layer(batch: int, shape: tuple[int, ...], dtype, layout=torch.channels_last) -> Problem:
+    c, h, w, kernel, stride = shape
+    x = torch.empty(batch, c, h, w, dtype=dtype, device="meta").to(memory_format=layout)
+    weight = torch.empty(c, 1, kernel, kernel, dtype=dtype, device="meta")
+    return Problem(x, weight, None, None, {"stride": stride, "padding": kernel // 2})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_multiprocessor_has_two_blocks_and_enough_on_its_way(dtype):
+    """By shared memory; by registers: test_cuda_machine_code.py. The goal is its."""
+    for shape in traffic.layers():
+        for batch in (32, 256):
+            threads, shared, blocks, coming = dwconv_backward.one_pass(
+                emulator(), layer(batch, shape, dtype)
+            )
+            assert blocks >= 2 * 120, (shape, batch, blocks)  # of an H100's 132 multiprocessors
+            held = machine_code.blocks_per_sm(90, threads, 128, shared)
+            assert held >= 2 and held * coming >= 32 << 10, (shape, batch, held, coming)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_chosen_where_it_fills_the_machine(dtype):
-    def chosen(batch, shape, layout=torch.channels_last):
-        c, h, w, kernel, stride = shape
-        x = torch.empty(batch, c, h, w, dtype=dtype, device="meta").to(memory_format=layout)
-        weight = torch.empty(c, 1, kernel, kernel, dtype=dtype, device="meta")
-        constants = {"stride": stride, "padding": kernel // 2}
-        return dwconv_backward.chosen(emulator(), Problem(x, weight, None, None, constants))
+    def chosen(*call):
+        return dwconv_backward.chosen(emulator(), layer(call[0], call[1], dtype, *call[2:]))
 
     for shape in traffic.layers():
         for batch in (32, 256):

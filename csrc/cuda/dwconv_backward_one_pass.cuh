@@ -113,9 +113,7 @@ __global__ void __launch_bounds__(kOnePassThreads, Known == Activations::clamps 
     if (ahead_turn < plan.turns && working) {
       const uint32_t valid = ahead_n < N ? inside : 0;
       unsigned char* const to = copied_to + stage;
-      auto copy = [&](unsigned char* place, const Element* from, uint32_t bits, int bit) {
-        copy_async(place, from, (bits & 1u << bit) != 0);
-      };
+      auto has = [](uint32_t bits, int bit) { return (bits & 1u << bit) != 0; };
 #pragma unroll
       for (int s = 0; s < S; ++s) {
         const bool row =
@@ -125,13 +123,15 @@ __global__ void __launch_bounds__(kOnePassThreads, Known == Activations::clamps 
         const Element* const from = ahead_x + s * W * C;
 #pragma unroll
         for (int i = 0; i < kCopies; ++i)
-          copy(to_row + i * kStep * kPixel, from + i * kStep * C, bits, kX + i);
-        if (copies_halo) copy(to_row + kOnePassStrip * kPixel, from + S * T * C, bits, kHalo);
+          copy_async(to_row + i * kStep * kPixel, from + i * kStep * C, has(bits, kX + i));
+        if (copies_halo)
+          copy_async(to_row + kOnePassStrip * kPixel, from + S * T * C, has(bits, kHalo));
       }
       if (ahead_d >= conv_first && ahead_d < conv_end && copies_dy)
 #pragma unroll
         for (int i = 0; i < kCopiesY; ++i)
-          copy(to + S * plan.row + i * kStep * kPixel, ahead_dy + i * kStep * C, valid, kY + i);
+          copy_async(to + S * plan.row + i * kStep * kPixel, ahead_dy + i * kStep * C,
+                     has(valid, kY + i));
     }
     commit_copies();
     ahead_x += plan.step_x, ahead_dy += plan.step_dy;

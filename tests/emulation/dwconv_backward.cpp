@@ -50,6 +50,18 @@ std::string chosen(const emulation::Request& r) {
   return text(choose(backward_call_of_request(r)));
 }
 
+// Of one_pass: threads and shared bytes of a block, blocks, bytes of x and dy on their way to one.
+std::string one_pass(const emulation::Request& r) {
+  const DwconvBackwardCall call = backward_call_of_request(r);
+  const OnePassPlan plan = one_pass_plan(call);
+  const int ahead = plan.stages / plan.stage - 1, strip = 4 + 4 / static_cast<int>(call.forward.SH);
+  const int64_t pixels = call.forward.SH == 1 ? strip : strip + 4;  // S rows of 4 of x, T of dy
+  return std::to_string(plan.threads()) + " " + std::to_string(plan.shared_bytes) + " " +
+         std::to_string(plan.blocks()) + " " +
+         std::to_string(ahead * plan.images * plan.strips * pixels * kOnePassChannels *
+                        element_bytes(call.forward));
+}
+
 // How many rows of partial sums the call makes.
 std::string chunks(const emulation::Request& r) {
   const DwconvBackwardCall call = backward_call_of_request(r);
@@ -67,8 +79,9 @@ std::string names(const emulation::Request&) {
 }
 
 const emulation::Registration run_("dwconv_backward", run),
-    chosen_("dwconv_backward_choose", chosen), chunks_("dwconv_backward_chunks", chunks),
-    able_("dwconv_backward_able", able), names_("dwconv_backward_names", names);
+    chosen_("dwconv_backward_choose", chosen), one_pass_("dwconv_backward_one_pass", one_pass),
+    chunks_("dwconv_backward_chunks", chunks), able_("dwconv_backward_able", able),
+    names_("dwconv_backward_names", names);
 
 }  // namespace
 }  // namespace mnet::cuda

@@ -81,5 +81,11 @@ def chosen(program: Emulator, p: Problem) -> str:
     ).text  # fmt: skip
 
 
+def one_pass(program: Emulator, p: Problem) -> tuple[int, ...]:
+    """Threads and shared bytes of a block, blocks, bytes on their way to each."""
+    answer = program.run("dwconv_backward_one_pass", numbers=dwconv.sizes(p))
+    return tuple(map(int, answer.text.split()))
+
+
 def names(program: Emulator) -> list[str]:
     return program.run("dwconv_backward_names").text.split()
