@@ -19,8 +19,8 @@
 // Instructions that nvcc 13 makes of them for sm_90, bfloat16, stride 1 and ReLU6, an element of y:
 // 54 in the first step and 19 in the third; 63 in one pass, 27 of which are the multiply-adds of
 // its three convolutions. While a GPU of 132 multiprocessors moves three tensors at 4.3 TB/s it
-// starts 41 of them in 16-bit types and 83 in float32. By that alone one pass takes 0.6 of the
-// three steps' time in float32 and 0.8 in 16-bit types, 0.9 on planes of 7 x 7.
+// starts 41 of them in 16-bit types and 83 in float32. By that alone one pass would take 0.6 of the
+// three steps' time in float32 and 0.8 in 16-bit types, and no less on planes of 7 x 7.
 //
 // Through the batch's own statistics (dwconv_training_call.cuh) the first step becomes two: one
 // that only sums, and one whose dconv = dz * scale + (conv - mean) * by_conv + constant.

@@ -8,8 +8,8 @@
 //   - rows of x and dy come by asynchronous copies, asked for some steps ahead: what is on its way
 //     takes no registers, and the columns that strips share are read once
 //   - the K rows of x that a row of dconv sees are in registers, loaded and converted once
-//   - the row of dconv goes to a ring in shared memory; the dx that it completes is made a
-//     step later, so that a step has one barrier
+//   - the row of dconv goes to a ring in shared memory; the dx that it completes is made a step
+//     later, so that a step has one barrier
 // Only between tiles and between row blocks is dconv computed twice; its sums are added once.
 //
 // Lanes are eight neighbouring pairs of channels: whole sectors. Pixels of a strip lie one apart
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kOnePassThreads, Known == Activations::clamps 
 #pragma unroll
   for (int p = 0; p < P; ++p) copy_step(p * plan.stage);
 
-  // What z and dconv take of a channel is read again in every step: registers are scarcer.
+  // What z and dconv take of a channel is read again in every step: registers are few.
   float* const affine = ring + kRing * plan.row_dconv;
   if (thread < kOnePassChannels && first_channel + thread < C) {
     const int k = first_channel + thread;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kOnePassThreads, Known == Activations::clamps 
 
   // ---- the walk ----
   const bool summing = call.partials != nullptr;
-  constexpr int kAtOnce = S == 1 ? 2 : 1, kValues = kAtOnce * V;
+  constexpr int kAtOnce = S == 1 ? 2 : 1, kValues = kAtOnce * V;  // columns: registers are few
   // The rows of x that a row of dconv sees: of stride 1, copies of the step's body have them where
   // they are, of stride 2 one is moved.
   constexpr int kPhases = S == 1 ? K : 1;
@@ -242,7 +242,6 @@ __global__ void __launch_bounds__(kOnePassThreads, Known == Activations::clamps 
                                                                   (j + j / (S * T)) * kPixel)),
                   row(K - S + s)[j]);
         const bool exists = d >= conv_first && d < conv_end, adds = summing && d >= first;
-      // Two columns at a time: registers.
 #pragma unroll
         for (int t = 0; t < T; t += kAtOnce) {
           float dconv[kValues] = {};
@@ -346,8 +345,8 @@ struct DwconvBackwardOnePassOf {
            fit_int32({height * width * f.C, f.N + 32, f.C * 9});
   }
 
-  // Fewer moved bytes and instructions than the three steps at every size of plane, but a step of
-  // the walk waits for the last: not where some multiprocessors would have no block.
+  // Fewer bytes than the three steps at every size of plane, and no more instructions. But a block
+  // walks alone, row after row: not where some multiprocessors would have none.
   static bool pays(const DwconvBackwardCall& call) {
     return call.forward.N > 0 && one_pass_plan(call).blocks() >= kOnePassWave / 2;
   }

@@ -42,12 +42,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dwconv_bn_act_backward(
     Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
     std::string activation, double slope, bool data, bool sums) {
-  const TensorFacts facts = facts_of(x);
+  const TensorFacts facts = mnet::facts_of(x);
   const Problem p = checked_problem(
-      kOp, facts, facts_of(weight), facts_of(scale), facts_of(shift),
+      kOp, facts, mnet::facts_of(weight), mnet::facts_of(scale), mnet::facts_of(shift),
       {std::move(stride), std::move(padding), std::move(dilation), std::move(activation), slope});
   check_dtype(kOp, p);
-  check::gradient(kOp, facts_of(dy), p, facts);
+  check::gradient(kOp, mnet::facts_of(dy), p, facts);
   const torch::stable::accelerator::DeviceGuard guard(facts.device_index);
   const Layout layout = layout_of(x);
   const Tensor input = mnet::dense(x, layout), gradient = mnet::dense(dy, layout);

@@ -73,9 +73,8 @@ inline int64_t chunks_of_sums(const DwconvTrainingCall& call, const TrainingChoi
 // Room for the partial sums of one after the other, in floats.
 inline int64_t floats_of_partials(const DwconvTrainingCall& call, const TrainingChoice& choice) {
   const DwconvCall& f = call.backward.forward;
-  return f.K *
-         std::max(2 * chunks_of_sums(call, choice),
-                  f.KH * f.KW * chunks_of(call.backward, choice.backward));
+  return f.K * std::max(2 * chunks_of_sums(call, choice),
+                        f.KH * f.KW * chunks_of(call.backward, choice.backward));
 }
 
 // Starts a pass over x: one that sums, or one through the statistics that is not the general one.
