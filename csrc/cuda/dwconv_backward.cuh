@@ -17,9 +17,8 @@ namespace mnet::cuda {
 // table belongs "transposed" too, which is no row of it as it is made of forward kernels.
 using BackwardVariants =
     Variants<DwconvBackwardOnePass, DwconvBackwardStream, DwconvBackwardGeneral>;
-// The first step through the batch's statistics.
-using BackwardThroughVariants =
-    Variants<DwconvBackwardOnePassThrough, DwconvBackwardStreamThrough, DwconvBackwardGeneral>;
+// The first step through the batch's statistics, where it is not the general kernel's.
+using BackwardThroughVariants = Variants<DwconvBackwardOnePassThrough, DwconvBackwardStreamThrough>;
 using BackwardDataVariants = Variants<DwconvBackwardDataParity, DwconvBackwardDataGeneral>;
 
 inline std::vector<const char*> backward_data_names() {

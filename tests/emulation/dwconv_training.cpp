@@ -115,9 +115,11 @@ std::string pass(const emulation::Request& r) {
 // All "SUMS,FIRST,DATA" that can run the call.
 std::string able(const emulation::Request& r) {
   const DwconvTrainingCall call = training_call_of_request(r, BackwardPass::reduction);
+  std::vector<const char*> firsts = BackwardThroughVariants::able(call.backward);
+  firsts.push_back(DwconvBackwardGeneral::kName);
   std::string all;
   for (const char* sums : TrainingVariants::able(call))
-    for (const std::string_view first : BackwardThroughVariants::able(call.backward)) {
+    for (const std::string_view first : firsts) {
       const bool one_pass = BackwardChoice{first, {}}.is_one_pass();
       for (const std::string_view data :
            one_pass ? std::vector<const char*>{first.data()} : backward_data_able(call.backward))
