@@ -2,8 +2,8 @@
 training steps with their memory, ours beside plain PyTorch. How: gpu_timing.py.
 
 The bytes of a layer are those of five passes over memory: the convolution with its statistics, and
-with its output; the backward's sums, its dconv and weight gradient with dx: five times x and three
-times y.
+with its output; the backward's sums, and all else of it: five times x and three times y. Where the
+CUDA backward can be that one pass, its kernels are timed beside those of three steps.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from shapes import shapes
 from torch import Tensor, nn
 
 import mnet_kernels
-from mnet_kernels import backends, models, swap
+from mnet_kernels import _cuda, backends, models, swap
 
 #: |error| / |gradient| in the norm that is no longer rounding.
 TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-4, "float16": 5e-3}
 PEERS = 0.1
+#: The CUDA kernels of a backward that are forced in turn (_cuda.backward_variants).
+BACKWARDS = ("one_pass", "stream")
 Results = tuple[Tensor, ...]
 
 
@@ -118,6 +120,13 @@ def layer_row(
             ours.backend = backend
             suffix = "" if backend == "cuda" else f", {backend}"
             add(f"ours {layout}{suffix}", ours, ours, layout)
+            if backend == "cuda" and layout == "channels_last":
+                for variant in BACKWARDS:
+                    _cuda.force_backward(variant)
+                    try:
+                        add(f"ours {layout}, {variant}", ours, ours, layout)
+                    finally:
+                        _cuda.force_backward("")
         peer = copy.deepcopy(native).to(memory_format=memory_format)
         for name in ("cudnn", "native"):
             with engine(name):

@@ -189,7 +189,9 @@ def dynamic_shared() -> dict[tuple[str, str], int]:
         from mnet_kernels import _cuda
     except ImportError:
         return {}
-    most: dict[tuple[str, str], int] = {}
+    plan = (ROOT / "csrc/cuda/dwconv_backward_one_pass_plan.cuh").read_text()
+    kilobytes = int(re.search(r"kOnePassShared = (\d+) << 10;", plan)[1])  # at most
+    most = {("backward_one_pass", element): kilobytes << 10 for element in ELEMENTS.values()}
     layers = (ROOT / "benchmarks/shapes/mobilenet_v1.csv").read_text().splitlines()[1:]
     for line, dtype, last in itertools.product(layers, ELEMENTS, (False, True)):
         c, h, w, kernel, stride, _ = map(int, line.split(","))

@@ -30,10 +30,12 @@ def gradient_of_output(p: Problem) -> Tensor:
 
 def variants(p: Problem, dy: Tensor, offset: int = 0) -> list[str]:
     """Each variant of the first and of the third step that can run, in as few pairs as do."""
-    pairs = [v.split(",") for v in dwconv_backward.able(emulator(), p, dy, offset)]
+    able = dwconv_backward.able(emulator(), p, dy, offset)
+    whole = [v for v in able if len(set(v.split(","))) == 1 and "general" not in v]
+    pairs = [v.split(",") for v in able if v not in whole]
     first, data = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
     most = max(len(first), len(data))
-    return [f"{first[i % len(first)]},{data[i % len(data)]}" for i in range(most)]
+    return whole + [f"{first[i % len(first)]},{data[i % len(data)]}" for i in range(most)]
 
 
 def check(p: Problem, sanitizer: str = "", offset: int = 0) -> None:

@@ -36,7 +36,8 @@ def gradient_of_output(p: Problem) -> Tensor:
 def variants(t: Training, dy: Tensor, offset: int = 0) -> list[str]:
     """Each variant of the passes that sum and of dconv's that can run; dx's are the backward's."""
     able = [v.split(",") for v in dwconv_training.able(emulator(), t, dy, offset)]
-    return list({v[0]: ",".join(v) for v in able if v[0] == v[1]}.values())
+    pairs = [v for v in able if v[0] == v[1] or (v[0] != "general" and v[1] == "one_pass")]
+    return list({v[1]: ",".join(v) for v in pairs}.values())
 
 
 def check(p: Problem, sanitizer: str = "", offset: int = 0) -> None:

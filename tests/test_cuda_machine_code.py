@@ -61,6 +61,19 @@ def test_passes_over_x_load_as_wide_as_their_vectors(kernels):
         assert kernel.load_bytes >= SIZES[match[2]] * int(match[3]), kernel
 
 
+def test_one_pass_copies_beside_its_arithmetic(kernels):
+    """dwconv_backward_one_pass<Element, stride, Through, Activations>: x, x past the last strip and
+    dy by asynchronous copies; two blocks of 256 threads a multiprocessor where activations are
+    clamps, as far as registers go."""
+    found = [k for k in kernels if k.name.startswith("dwconv_backward_one_pass<")]
+    assert len(found) == 3 * 2 * 2 * 2 * len(machine_code.ARCHITECTURES)
+    for kernel in found:
+        assert kernel.matrix[2] >= 3, kernel
+        if "(Activations)0" in kernel.name:
+            held = machine_code.blocks_per_sm(kernel.architecture, 256, kernel.registers, 0)
+            assert held >= 2, kernel
+
+
 def test_separable_conv_is_on_the_tensor_cores(kernels):
     """Matrix instructions fed by matrix loads for 16-bit elements and TF32, plain multiply-adds for
     float32; weights by asynchronous copies, x by loads and y by stores of 16 bytes."""

@@ -46,3 +46,22 @@ def test_goals_of_the_chosen_variants(layout):
             continue
         assert row["stride"] == "2" or row["past_l1"] <= 1.3, name(row)
         assert row["ways"] <= 2, name(row)
+
+
+def test_training_moves_five_tensors_not_seven():
+    """The backward of channels_last layers, beside what three steps would move: the sums, dconv
+    with the weight's sums, dx of dconv. Of stride 2, x is four of y's size."""
+    layers: dict[tuple, dict[str, float]] = {}
+    for row in counted():
+        if row["layout"] == "nhwc":
+            layer = tuple(row[key] for key in traffic.KEYS[:7])
+            layers.setdefault(layer, {})[row["variant"]] = row["tensors"]
+    for layer, moved in layers.items():
+        x = 1 if layer[-1] == "1" else 4
+        dx = 1 + x  # at least
+        one = moved["backward_reduction"] + moved["one_pass_through"]
+        assert one <= 1.08 * (3 * x + 2), (layer, one)
+        three = moved["backward_reduction"] + moved["backward_through"] + dx
+        assert three - one >= 0.95 * 2, (layer, three, one)
+        assert moved["one_pass_frozen"] <= 1.08 * (2 * x + 1), (layer, moved)
+        assert moved["backward_frozen"] + dx - moved["one_pass_frozen"] >= 0.95 * 2, (layer, moved)

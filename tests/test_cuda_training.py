@@ -55,19 +55,21 @@ def run_backward(t: Training, dy: Tensor, mean: Tensor, var: Tensor, *, data=Tru
 
 
 @pytest.fixture
-def force_general():
-    """force_general(True): use the general kernels until the test ends."""
+def force():
+    """force(name): use these kernels of the backward where they can run, until the test ends."""
     from mnet_kernels import _cuda
 
-    yield _cuda.force_general_backward
-    _cuda.force_general_backward(False)
+    yield _cuda.force_backward
+    _cuda.force_backward("")
 
 
-def check(p: Problem, force_general) -> None:
+def check(p: Problem, force) -> None:
     """Every kernel, twice to the same bits."""
+    from mnet_kernels import _cuda
+
     t = Training(p)
-    for general in (False, True):
-        force_general(general)
+    for variant in _cuda.backward_variants():
+        force(variant)
         y, mean, var = run(t)
         assert_forward(t, y, mean, var)
         dy = torch.randn_like(y)
@@ -80,43 +82,43 @@ def check(p: Problem, force_general) -> None:
 @every_dtype
 @both_layouts
 @pytest.mark.parametrize("kernel,constants", FAST, ids=str)
-def test_edges(force_general, dtype, channels_last, kernel, constants):
+def test_edges(force, dtype, channels_last, kernel, constants):
     for shape in SHAPES[1:]:
         check(problem(
             shape, kernel, dtype=dtype, channels_last=channels_last, device="cuda",
             activation="relu6", **constants,
-        ), force_general)  # fmt: skip
+        ), force)  # fmt: skip
 
 
 @every_dtype
 @both_layouts
-def test_sanitized_training(force_general, dtype, channels_last):
+def test_sanitized_training(force, dtype, channels_last):
     """A choice of the edges for compute-sanitizer."""
     for (kernel, constants), shape in itertools.product(FAST, SHAPES[2:9:3]):
         check(problem(
             shape, kernel, dtype=dtype, channels_last=channels_last, device="cuda", margin=0,
             **constants,
-        ), force_general)  # fmt: skip
+        ), force)  # fmt: skip
 
 
 @every_dtype
 @both_layouts
 @pytest.mark.parametrize("kernel,constants", ANY, ids=str)
-def test_any_kernel(force_general, dtype, channels_last, kernel, constants):
+def test_any_kernel(force, dtype, channels_last, kernel, constants):
     for multiplier in (1, 3):
         check(problem(
             (2, 5, 13, 18), kernel, multiplier=multiplier, dtype=dtype, device="cuda",
             channels_last=channels_last, affine=multiplier == 1, **constants,
-        ), force_general)  # fmt: skip
+        ), force)  # fmt: skip
 
 
 @both_layouts
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(force_general, channels_last, activation):
+def test_activations(force, channels_last, activation):
     p = problem((2, 8, 9, 8), channels_last=channels_last, device="cuda", padding=1,
                 activation=activation, slope=0.2)  # fmt: skip
     p.shift.mul_(4)  # reach all branches
-    check(p, force_general)
+    check(p, force)
 
 
 @both_layouts

@@ -152,12 +152,12 @@ def test_training(gpu, dtype):
         assert row["ours_correct"], row["error"]
         assert set(row["ours"]) == {
             f"ours {layout}{name}" for name in ("", ", triton") for layout in training.LAYOUTS
-        }
+        } | {f"ours channels_last, {variant}" for variant in training.BACKWARDS}
         size = 4 * 8 * (12 * 12 * 5 + 6 * 6 * 3)
         assert row["bytes"] == size * (4 if dtype == "float32" else 2)
         stage = {"passed": True, "rows": [row]}
     table = gpu.table({"environment": FACTS, "stages": {"training": stage}})
-    assert sum(line.startswith("| 8, 12, 3, 2") for line in table.splitlines()) == 4
+    assert sum(line.startswith("| 8, 12, 3, 2") for line in table.splitlines()) == 6
 
 
 def test_training_steps(gpu):

@@ -22,8 +22,12 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("variants", &mnet::cuda::variants, "The forward kernels by name.");
   m.def("force_variant", &mnet::cuda::force_variant, py::arg("name"),
         "Use this forward kernel from now on (tests and benchmarks); \"\" chooses again.");
-  m.def("force_general_backward", &mnet::cuda::force_general_backward, py::arg("general"),
-        "Use the general kernels of backward and training from now on; False chooses again.");
+  m.def("backward_variants", &mnet::cuda::backward_variants,
+        "The kernels of backward and training by name: of one pass, of three, for any call.");
+  m.def(
+      "force_backward", &mnet::cuda::force_backward, py::arg("name"),
+      "Use these kernels of backward and training from now on where they can run a call (tests and "
+      "benchmarks); \"\" chooses again.");
   py::class_<CallFacts>(m, "CallFacts")
       .def_readonly("variant", &CallFacts::variant)
       .def_readonly("able", &CallFacts::able)

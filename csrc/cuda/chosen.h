@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <stdexcept>
+#include <string_view>
 
 #include "../problem.h"
 #include "facts.h"
@@ -23,6 +24,12 @@ class Forced {
     if (found == nullptr && !name.empty())
       throw std::runtime_error(std::string(caller) + ": there is no variant '" + name + "'");
     name_.store(found);
+  }
+
+  // Empty: none is.
+  std::string_view name() const {
+    const char* name = name_.load();
+    return name != nullptr ? name : "";
   }
 
   template <typename Call>

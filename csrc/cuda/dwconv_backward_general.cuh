@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     sums[1][0] += dz[0];
   }
   if (call.partials == nullptr || call.pass == BackwardPass::through) return;
-  store_partials(call, share, chunk, call.rows - 2, call.rows, group * share.lanes, sums);
+  store_partials(call, share.lanes, chunk, call.rows - 2, call.rows, group * share.lanes, sums);
 }
 
 // The partial sums of dweight, from the stored dconv: one group of taps a block.
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
       sums[i][0] += dconv * input_at<Element>(forward, out.plane, ih, iw, tap < KH * KW);
     }
   }
-  store_partials(call, share, chunk, first, KH * KW, group * share.lanes, sums);
+  store_partials(call, share.lanes, chunk, first, KH * KW, group * share.lanes, sums);
 }
 
 struct DwconvBackwardGeneral {

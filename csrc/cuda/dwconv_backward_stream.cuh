@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kBackwardThreads, K == 3 && V == 1 ? 5 : 2)
     }
   }
   if (call.partials == nullptr) return;
-  store_partials(call, share, chunk, 0, kRows, int64_t{group} * lanes * V, sums);
+  store_partials(call, share.lanes, chunk, 0, kRows, int64_t{group} * lanes * V, sums);
 }
 
 template <bool Through>

@@ -1,8 +1,8 @@
 // dwconv_bn_act_backward on a GPU: check the call, make its memory dense, allocate the results and
 // the room for what lies between the steps, start the kernels on the current stream of x's device.
-#include <atomic>
 #include <tuple>
 
+#include "chosen.h"
 #include "dwconv_backward.cuh"
 #include "dwconv_backward_launch.h"
 #include "dwconv_launch.h"
@@ -15,7 +15,7 @@ namespace {
 
 constexpr const char* kOp = "dwconv_bn_act_backward";
 
-std::atomic<bool> general_is_forced{false};
+Forced<BackwardVariants> forced;
 
 void launch(const Launcher& launcher, const BackwardChoice& choice,
             const DwconvBackwardCall& call) {
@@ -42,12 +42,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dwconv_bn_act_backward(
     Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
     std::string activation, double slope, bool data, bool sums) {
-  const TensorFacts facts = facts_of(x);
+  const TensorFacts facts = mnet::facts_of(x);
   const Problem p = checked_problem(
-      kOp, facts, facts_of(weight), facts_of(scale), facts_of(shift),
+      kOp, facts, mnet::facts_of(weight), mnet::facts_of(scale), mnet::facts_of(shift),
       {std::move(stride), std::move(padding), std::move(dilation), std::move(activation), slope});
   check_dtype(kOp, p);
-  check::gradient(kOp, facts_of(dy), p, facts);
+  check::gradient(kOp, mnet::facts_of(dy), p, facts);
   const torch::stable::accelerator::DeviceGuard guard(facts.device_index);
   const Layout layout = layout_of(x);
   const Tensor input = mnet::dense(x, layout), gradient = mnet::dense(dy, layout);
@@ -73,19 +73,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dwconv_bn_act_backward(
     call.dshift = floats(dshift);
   }
 
-  const BackwardChoice choice = general_is_forced ? kGeneralBackward : choose(call);
+  const BackwardChoice choice = choose(call, forced_backward());
   std::optional<Tensor> dconv, partials, flipped;  // freed in the stream's order
-  if (data || needs_dconv(choice)) {
+  if (choice.needs_dconv(data)) {
     dconv = empty_4d(x, p.N, p.K, p.OH, p.OW, layout);
     call.dconv = dconv->mutable_data_ptr();
   }
   if (sums) {
-    call.chunks = p.N == 0 ? 0 : share_of(call, choice).chunks;
+    call.chunks = chunks_of(call, choice);
     call.rows = p.KH * p.KW + 2;
     partials = empty_floats(x, call.chunks * call.rows * p.K);
     call.partials = floats(*partials);
   }
-  if (data) {
+  if (data && choice.needs_flipped()) {
     flipped = empty_4d(x, p.K, 1, p.KH, p.KW, Layout::contiguous);
     call.flipped = flipped->mutable_data_ptr();
   }
@@ -93,8 +93,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dwconv_bn_act_backward(
   return {dx, dweight, dscale, dshift};
 }
 
-void force_general_backward(bool general) { general_is_forced = general; }
-bool is_general_backward_forced() { return general_is_forced; }
+std::vector<std::string> backward_variants() { return names_of<BackwardVariants>(); }
+void force_backward(const std::string& name) { forced.set("force_backward", name); }
+std::string_view forced_backward() { return forced.name(); }
 
 }  // namespace mnet::cuda
 

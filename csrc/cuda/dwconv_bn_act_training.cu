@@ -38,7 +38,7 @@ Problem checked(const char* op, const TensorFacts& x, const Tensor& weight,
 }
 
 TrainingChoice choice_for(const DwconvTrainingCall& call) {
-  return is_general_backward_forced() ? kGeneralTraining : choose(call);
+  return choose(call, forced_backward());
 }
 
 // The kernels of the call's dtype; see training_forward.
@@ -170,11 +170,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dwconv_bn_act_training_backward(
   }
   const TrainingChoice choice = choice_for(call);
   std::optional<Tensor> dconv, flipped;
-  if (data || needs_dconv(choice.backward)) {
+  if (choice.backward.needs_dconv(data)) {
     dconv = empty_4d(x, p.N, p.K, p.OH, p.OW, layout);
     backward.dconv = dconv->mutable_data_ptr();
   }
-  if (data) {
+  if (data && choice.backward.needs_flipped()) {
     flipped = empty_4d(x, p.K, 1, p.KH, p.KW, Layout::contiguous);
     backward.flipped = flipped->mutable_data_ptr();
   }

@@ -53,11 +53,11 @@ struct TrainingChoice {
 
 inline constexpr TrainingChoice kGeneralTraining{DwconvTrainingGeneral::kName, kGeneralBackward};
 
-inline TrainingChoice choose(const DwconvTrainingCall& call) {
-  TrainingChoice choice{DwconvTrainingGeneral::kName, choose(call.backward)};
+// forced: of the first step of the backward.
+inline TrainingChoice choose(const DwconvTrainingCall& call, std::string_view forced = {}) {
+  if (forced == DwconvBackwardGeneral::kName) return kGeneralTraining;
+  TrainingChoice choice{DwconvTrainingGeneral::kName, choose(call.backward, forced)};
   if (DwconvTrainingStream::can_run(call)) choice.sums = DwconvTrainingStream::kName;
-  if (!DwconvBackwardStreamThrough::can_run(call.backward))
-    choice.backward.first = DwconvBackwardGeneral::kName;
   return choice;
 }
 
@@ -70,27 +70,19 @@ inline int64_t chunks_of_sums(const DwconvTrainingCall& call, const TrainingChoi
                                  : DwconvTrainingStream::share(call).chunks;
 }
 
-// Rows of the weight's sums.
-inline int64_t chunks_of_weight(const DwconvTrainingCall& call, const TrainingChoice& choice) {
-  if (call.backward.forward.N == 0) return 0;
-  return is_general(choice.backward.first)
-             ? DwconvBackwardGeneral::share(call.backward).chunks
-             : DwconvBackwardStreamThrough::share(call.backward).chunks;
-}
-
 // Room for the partial sums of one after the other, in floats.
 inline int64_t floats_of_partials(const DwconvTrainingCall& call, const TrainingChoice& choice) {
   const DwconvCall& f = call.backward.forward;
-  return f.K *
-         std::max(2 * chunks_of_sums(call, choice), f.KH * f.KW * chunks_of_weight(call, choice));
+  return f.K * std::max(2 * chunks_of_sums(call, choice),
+                        f.KH * f.KW * chunks_of(call.backward, choice.backward));
 }
 
-// Starts a pass over x: one that sums, or the stream through the statistics.
+// Starts a pass over x: one that sums, or one through the statistics that is not the general one.
 template <typename Element, typename Launcher>
 void launch_training(Launcher&& launcher, std::string_view variant,
                      const DwconvTrainingCall& call) {
   if (call.backward.pass == BackwardPass::through)
-    DwconvBackwardStreamThrough::launch<Element>(launcher, call.backward);
+    BackwardThroughVariants::launch<Element>(launcher, variant, call.backward);
   else
     TrainingVariants::launch<Element>(launcher, variant, call);
 }
@@ -127,10 +119,10 @@ void training_backward(const Steps& steps, const TrainingChoice& choice, DwconvT
   steps.channels(ChannelStep::terms, call);
   backward.pass = BackwardPass::through;
   backward.rows = backward.forward.KH * backward.forward.KW;
-  backward.chunks = chunks_of_weight(call, choice);
+  backward.chunks = chunks_of(backward, choice.backward);
   backward.dconv = dconv;
   if (backward.dweight == nullptr) backward.partials = nullptr;
-  if (!empty && !is_general(choice.backward.first)) steps.pass(choice.backward.first, call);
+  if (!empty && !choice.backward.is_general()) steps.pass(choice.backward.first, call);
   steps.backward(choice.backward, backward);
 }
 

@@ -10,8 +10,9 @@
 // block that makes of them what dconv takes a channel, and then the steps of
 // dwconv_backward_call.cuh. x is all that stays in memory between the two, beside mean and var.
 //
-// Memory traffic in tensors of y's size for stride 1: forward 1 + 2, backward 2 + 3 + 2. Native
-// moves 7 and 12: the convolution's output, statistics, normalisation and activation one by one.
+// Memory traffic in tensors of y's size for stride 1: forward 1 + 2, backward 2 + 3, or 2 + 3 + 2
+// where it is not one pass that makes dconv and all from it. Native moves 7 and 12: the
+// convolution's output, statistics, normalisation and activation one by one.
 //
 // Accuracy: sums are shifted by a first value of their thread's, and merged (Chan, Golub and
 // LeVeque, 1979) in a fixed order, differences of means before their squares: as good for a mean
@@ -88,7 +89,7 @@ template <int V>
 __device__ __forceinline__ void store_moments(const DwconvTrainingCall& call,
                                               const BackwardShare& share, int64_t chunk, int64_t k,
                                               const ShiftedSums<V>& own) {
-  const int pitch = partials_pitch<V>(share), thread = static_cast<int>(threadIdx.x);
+  const int pitch = partials_pitch<V>(share.lanes), thread = static_cast<int>(threadIdx.x);
   auto* shared = reinterpret_cast<float*>(shared_memory());
   auto put = [&](int row, float value) {
     const float values[1] = {value};

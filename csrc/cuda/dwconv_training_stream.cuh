@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kBackwardThreads, K == 3 && V == 1 ? 5 : 2)
   }
   const int64_t k = int64_t{group} * lanes * V;
   if constexpr (Reduction)
-    store_partials(call.backward, share, chunk, 0, 2, k, gradients);
+    store_partials(call.backward, share.lanes, chunk, 0, 2, k, gradients);
   else
     store_moments(call, share, chunk, k, moments);
 }

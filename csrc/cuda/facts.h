@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace mnet::cuda {
@@ -21,10 +22,12 @@ std::vector<std::string> variants();
 // Use this variant for every call from now on; the empty name chooses by the call again.
 void force_variant(const std::string& name);
 
-// Use the general kernels of backward and training for every call from now on, or those that the
-// call would choose.
-void force_general_backward(bool general);
-bool is_general_backward_forced();
+// The backward's kernels by the first of a call, and training's: "general" is the forward's too.
+std::vector<std::string> backward_variants();
+
+// Use this one from now on for every call that it can run; the empty name chooses by the call.
+void force_backward(const std::string& name);
+std::string_view forced_backward();
 
 CallFacts facts_of_call(const std::vector<int64_t>& x, const std::string& dtype, bool channels_last,
                         const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,

@@ -45,7 +45,7 @@ def run(
     at = dict.fromkeys(("x", "dy", "dconv", "dx"), offset)
     k, _, kh, kw = p.weight.shape
     outputs = {"flipped": torch.empty_like(inputs["weight"])}
-    if data or "general" in variant.split(",")[0] or variant == "auto":
+    if "one_pass" not in variant and (data or variant.split(",")[0] in ("general", "auto")):
         outputs["dconv"] = torch.empty_like(dy)
     if data:
         outputs["dx"] = torch.empty_like(p.x)
@@ -71,6 +71,20 @@ def able(program: Emulator, p: Problem, dy: Tensor, offset: int = 0) -> list[str
     return program.run(
         "dwconv_backward_able", numbers=numbers, inputs=inputs, offsets=at
     ).text.split()
+
+
+def chosen(program: Emulator, p: Problem) -> str:
+    """The variants that this problem takes where its memory is aligned; tensors may be meta's."""
+    return program.run(
+        "dwconv_backward_choose", numbers=dwconv.sizes(p),
+        scratch=dict.fromkeys(("x", "weight", "dy", "dconv", "dx"), 16),
+    ).text  # fmt: skip
+
+
+def one_pass(program: Emulator, p: Problem) -> tuple[int, ...]:
+    """Threads and shared bytes of a block, blocks, bytes on their way to each."""
+    answer = program.run("dwconv_backward_one_pass", numbers=dwconv.sizes(p))
+    return tuple(map(int, answer.text.split()))
 
 
 def names(program: Emulator) -> list[str]:

@@ -90,12 +90,14 @@ std::string room(const emulation::Request& r) {
          std::to_string(floats_of_partials(reduction, choice));
 }
 
-// One pass of a stream alone: the variant names it.
+// One pass alone, "PASS,KERNEL".
 std::string pass(const emulation::Request& r) {
-  const BackwardPass pass = r.variant == "statistics"  ? BackwardPass::statistics
-                            : r.variant == "reduction" ? BackwardPass::reduction
-                            : r.variant == "through"   ? BackwardPass::through
-                                                       : BackwardPass::frozen;
+  const std::string_view variant = r.variant, named = variant.substr(0, variant.find(','));
+  const std::string_view kernel = variant.substr(variant.find(',') + 1);
+  const BackwardPass pass = named == "statistics"  ? BackwardPass::statistics
+                            : named == "reduction" ? BackwardPass::reduction
+                            : named == "through"   ? BackwardPass::through
+                                                   : BackwardPass::frozen;
   DwconvTrainingCall call = training_call_of_request(r, pass);
   const int64_t taps = call.backward.forward.KH * call.backward.forward.KW;
   call.backward.rows = pass == BackwardPass::reduction ? 2
@@ -104,9 +106,9 @@ std::string pass(const emulation::Request& r) {
   with_compiled(call.backward.forward.dtype, [&](auto element) {
     using Element = decltype(element);
     if (pass == BackwardPass::frozen)
-      DwconvBackwardStream::launch<Element>(r.launcher, call.backward);
+      BackwardVariants::launch<Element>(r.launcher, kernel, call.backward);
     else
-      launch_training<Element>(r.launcher, DwconvTrainingStream::kName, call);
+      launch_training<Element>(r.launcher, kernel, call);
   });
   return "";
 }
@@ -114,14 +116,16 @@ std::string pass(const emulation::Request& r) {
 // All "SUMS,FIRST,DATA" that can run the call.
 std::string able(const emulation::Request& r) {
   const DwconvTrainingCall call = training_call_of_request(r, BackwardPass::reduction);
-  std::vector<const char*> first{DwconvBackwardGeneral::kName};
-  if (DwconvBackwardStreamThrough::can_run(call.backward))
-    first.push_back(DwconvBackwardStreamThrough::kName);
+  std::vector<const char*> firsts = BackwardThroughVariants::able(call.backward);
+  firsts.push_back(DwconvBackwardGeneral::kName);
   std::string all;
   for (const char* sums : TrainingVariants::able(call))
-    for (const char* pass : first)
-      for (const char* data : backward_data_able(call.backward))
-        all += (all.empty() ? "" : " ") + text({sums, {pass, data}});
+    for (const std::string_view first : firsts) {
+      const bool one_pass = BackwardChoice{first, {}}.is_one_pass();
+      for (const std::string_view data :
+           one_pass ? std::vector<const char*>{first.data()} : backward_data_able(call.backward))
+        all += (all.empty() ? "" : " ") + text({sums, {first, data}});
+    }
   return all;
 }
 

@@ -68,10 +68,11 @@ def backward(
     _, partials = _room(program, variant, numbers, inputs, at)
     k = p.weight.shape[0]
     outputs = {name: torch.empty(k) for name in ("scale", "by_conv", "constant")}
-    outputs |= {
-        "partials": torch.empty(partials), "dconv": torch.empty_like(dy),
-        "flipped": torch.empty_like(inputs["weight"]),
-    }  # fmt: skip
+    outputs["partials"] = torch.empty(partials)
+    if "one_pass" not in variant:
+        outputs |= {
+            "dconv": torch.empty_like(dy), "flipped": torch.empty_like(inputs["weight"])
+        }  # fmt: skip
     if data:
         outputs["dx"] = torch.empty_like(p.x)
     if sums:

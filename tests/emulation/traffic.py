@@ -1,5 +1,5 @@
 """Counted memory traffic of every forward variant on MobileNet V1's layers, batch 256, and of the
-passes over x of backward and training, batch 64.
+passes over x of backward and training, batch 64, one_pass's 256.
 
 ``python tests/emulation/traffic.py`` (with tests/ on PYTHONPATH) renews the committed table,
 traffic.csv. Its columns, each a ratio of which 1 is the least:
@@ -9,6 +9,7 @@ traffic.csv. Its columns, each a ratio of which 1 is the least:
                L2 cache. Neighbouring blocks run together, so the memory itself sees about 1.
     x_sectors, y_sectors   sectors that warps' requests touch, against those that would hold their
                bytes: 1 where whole sectors are used; y's with dy's and dconv's (0: none of them)
+    tensors    32-byte sectors past L1 of x, y, dy, dconv and dx, in tensors of y's size
     others     sectors of weight, per-channel values and partial sums past L1, against x's size
                (least: near 0)
     conflicts  wavefronts of shared memory against those without bank conflicts (0: none used)
@@ -28,10 +29,13 @@ from rulers import Problem
 TABLE = Path(__file__).with_suffix(".csv")
 SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes" / "mobilenet_v1.csv"
 KEYS = ("layout", "dtype", "c", "h", "w", "kernel", "stride", "variant", "chosen")
-RATIOS = ("requested", "past_l1", "x_sectors", "y_sectors", "others", "conflicts", "ways")
+RATIOS = (
+    "requested", "past_l1", "x_sectors", "y_sectors", "tensors", "others", "conflicts", "ways",
+)  # fmt: skip
 BATCH = 256
 PASSES = ("frozen", "statistics", "reduction", "through")
 PASSES_BATCH = 64
+ONE_PASSES = ("frozen", "through")  # of channels_last 3x3 kernels
 BLOCKS = 48  # counted of those that fill one image
 DTYPES = (torch.float32, torch.bfloat16)  # float16 moves as bfloat16 does
 
@@ -81,6 +85,7 @@ def count(
             "past_l1": 32 * x_["block_sectors"] / least,
             "x_sectors": x_["sectors"] / x_["least_sectors"],
             "y_sectors": y["sectors"] / y["least_sectors"],
+            "tensors": 32 * (x_["block_sectors"] + y["block_sectors"]) / y["bytes"],
             "others": 32 * others / least,
             "conflicts": shared["wavefronts"] / max(1, shared["least_wavefronts"]),
             "ways": shared["worst_conflict"],
@@ -89,12 +94,15 @@ def count(
 
 
 def count_pass(
-    program: Emulator, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, name: str
-) -> Row:
-    """A row for one pass of the stream over x."""
+    program: Emulator, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, name: str,
+    one_pass: bool = False,
+) -> Row:  # fmt: skip
+    """A row for one pass over x: of the stream, or of one_pass, whose row blocks are those of a
+    large batch."""
     c, h, w, kernel, stride = shape
+    batch = BATCH if one_pass else PASSES_BATCH
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.empty(PASSES_BATCH, c, h, w, dtype=dtype, device="meta").to(memory_format=layout)
+    x = torch.empty(batch, c, h, w, dtype=dtype, device="meta").to(memory_format=layout)
     weight = torch.empty(c, 1, kernel, kernel, dtype=dtype, device="meta")
     constants = {"stride": stride, "padding": "same", "activation": "relu6"}
     numbers = dwconv.sizes(Problem(x, weight, None, None, constants)) | {"eps": 1e-5}
@@ -103,33 +111,41 @@ def count_pass(
     channel = ("gamma", "beta", "mean", "var", "scale", "by_conv", "constant")
     scratch = {
         "x": x.nbytes, "weight": weight.nbytes, **dict.fromkeys(channel, 4 * c),
-        "dconv": PASSES_BATCH * c * outputs * dtype.itemsize,
+        "dconv": batch * c * outputs * dtype.itemsize,
         "partials": 4 * chunks * (kernel**2 + 2) * c,
     }  # fmt: skip
     if name != "statistics":
         scratch["dy"] = scratch["dconv"]
+    if one_pass:
+        scratch["dx"] = scratch["x"]
+        del scratch["dconv"]
     moments = torch.empty(chunks, 4, c)
     counted = program.run(
-        "dwconv_training_pass", name, scratch=scratch, outputs={"moments": moments}, count=True,
-        numbers=numbers | {"sample": 1, "images": PASSES_BATCH},
+        "dwconv_training_pass", f"{name},{'one_pass' if one_pass else 'stream'}", scratch=scratch,
+        outputs={"moments": moments}, count=True, numbers=numbers | {"sample": 1, "images": batch},
     ).traffic  # fmt: skip
     shared, nothing = counted.pop("shared"), {"sectors": 0, "least_sectors": 0, "block_sectors": 0}
     assert "outside" not in counted
-    x_, ys = counted.pop("x"), [counted.pop(y, nothing) for y in ("dy", "dconv")]
+    x_, ys = counted.pop("x"), [counted.pop(y, nothing) for y in ("dy", "dconv", "dx")]
     if name == "statistics":
         values = moments[:, 0].nansum().item()
     else:
+        # Of dy, some rows or columns of which two blocks of one_pass ask for.
         values = ys[0]["bytes"] / dtype.itemsize
+        if one_pass:
+            values = ys[2]["bytes"] / dtype.itemsize * outputs / (h * w)
     least = h * w * dtype.itemsize * values / outputs
     return {
         "layout": "nhwc" if channels_last else "nchw",
         "dtype": str(dtype).removeprefix("torch."),
         **dict(zip(KEYS[2:7], map(str, shape), strict=True)),
-        "variant": f"backward_{name}", "chosen": "yes",
+        "variant": f"{'one_pass' if one_pass else 'backward'}_{name}",
+        "chosen": "" if channels_last and name in ONE_PASSES and not one_pass else "yes",
         "requested": x_["bytes"] / least,
         "past_l1": 32 * x_["block_sectors"] / least,
         "x_sectors": x_["sectors"] / x_["least_sectors"],
         "y_sectors": sum(y["sectors"] for y in ys) / max(1, sum(y["least_sectors"] for y in ys)),
+        "tensors": 32 * sum(t["block_sectors"] for t in (x_, *ys)) / (values * dtype.itemsize),
         "others": 32 * sum(other["block_sectors"] for other in counted.values()) / least,
         "conflicts": shared["wavefronts"] / max(1, shared["least_wavefronts"]),
         "ways": shared["worst_conflict"],
@@ -143,6 +159,8 @@ def table() -> list[Row]:
             for shape in layers():
                 rows += count(program, shape, dtype, channels_last)
                 rows += [count_pass(program, shape, dtype, channels_last, p) for p in PASSES]
+                if channels_last:
+                    rows += [count_pass(program, shape, dtype, True, p, True) for p in ONE_PASSES]
     return rows
 
 
