@@ -81,7 +81,7 @@ def test_under_a_sanitizer(sanitizer, stride):
         return check((3, 24, 4, 5), stride, torch.bfloat16, sanitizer)
     check((1, 8, 3, 130 * stride), stride, sanitizer=sanitizer)
     check((1, 8, 57 * stride, 2), stride, torch.bfloat16, sanitizer)
-    check((35, 24, 3, 3), stride, torch.float16, sanitizer)
+    check((35, 24, 3, 3), stride, torch.bfloat16, sanitizer)
 
 
 def layer(batch: int, shape: tuple[int, ...], dtype, layout=torch.channels_last) -> Problem:
