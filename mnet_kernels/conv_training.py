@@ -115,9 +115,7 @@ def _fake(x, weight, gamma, beta, activation, slope, eps):
 def _backward_fake(dy, x, z, weight, gamma, beta, mean, var, *constants_and_wanted):
     *_, data, _sums = constants_and_wanted
     dx = x.new_empty(x.shape).to(memory_format=torch.channels_last) if data else x.new_empty(0)
-    dense = weight.is_contiguous()
-    dweight = x.new_empty(weight.shape)
-    dweight = dweight.as_strided(weight.shape, weight.stride()) if dense else dweight
+    dweight = registration.laid_out_as(x.new_empty(weight.shape), weight)
     dgamma, dbeta = (batch_statistics.per_channel(x, weight.shape[0]) for _ in range(2))
     return dx, dweight, dgamma, dbeta
 

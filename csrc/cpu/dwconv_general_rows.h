@@ -87,13 +87,13 @@ struct GeneralRows : StagedRows {
   // Row ih of x, a vector of channels: dx, which is 0 before, and its share of dweight.
   void add_row(int64_t ih, int64_t v, float* dx) const {
     const float* x = x_row(ih) + call.left * pitch + v;
+    // Taps a period apart meet the same columns, a stride apart.
+    int64_t period = 1;
+    while (period * call.DW % call.SW != 0) ++period;
     for (int64_t kh = 0; kh < call.KH; ++kh) {
       const int64_t scaled = ih + call.top - kh * call.DH, oh = scaled / call.SH;
       if (scaled < 0 || oh * call.SH != scaled || oh >= call.OH) continue;
       const float* d = d_rows + (oh % size.ring * size.d_columns + d_margin()) * pitch + v;
-      // Taps a period apart meet the same columns, a stride apart.
-      int64_t period = 1;
-      while (period * call.DW % call.SW != 0) ++period;
       for (int64_t kw = 0; kw < period && kw < call.KW; ++kw) {
         const int64_t before = call.left - kw * call.DW;  // of column 0, from the tap
         const int64_t first = (call.SW - before % call.SW) % call.SW;

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mnet_kernels.nn.fused import recorded
+
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -43,7 +45,7 @@ class PixelConv2d(nn.Conv2d):
         return product[:, :, None, None]
 
     def _is_product(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+        if recorded() or type(x) is not Tensor:
             return False
         weight = cast(Tensor, self.weight)
         return (
